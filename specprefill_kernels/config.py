@@ -1,0 +1,189 @@
+"""SpecPrefillConfig: every choice that known implementations of speculative prefill make differently, in one place.
+
+The defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789). Nothing here needs torch or transformers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "pool_edge": ("zero", "valid"),
+        "pool_order": ("before_max", "after_max"),
+        "reduce": ("mean", "max"),
+        "rounding": ("ceil", "floor"),
+        "queries": ("look_ahead", "observation_window"),
+        "normalize_over": ("prompt", "visible"),
+        "window": ("mask", "skip"),
+        "backend": ("auto", "reference", "cpu", "triton", "cuda"),
+    }
+)
+
+# A product this close to an integer counts as that integer, so that 0.7 of 10 chunks is 7 and not 8.
+_BUDGET_SLACK = 1e-9
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper": MappingProxyType({}),
+        # Luce PFlash: one pass over the prompt and no decoding, the last 8 prompt rows (each causal) as queries, the mean
+        # over rows smoothed with AvgPool that divides by the tokens inside the prompt, a budget rounded down. Its
+        # forced head and tail chunks shrink with the budget there, which `sink` and `tail` never do: set them yourself.
+        "pflash": MappingProxyType(
+            {
+                "keep_ratio": 0.05,
+                "queries": "observation_window",
+                "pool_order": "after_max",
+                "pool_edge": "valid",
+                "rounding": "floor",
+            }
+        ),
+        # llama.cpp (pull request 27692): reads the softmax the model computed, which also ran over the look-ahead
+        # tokens, and always keeps BOS and the prompt's last token.
+        "llama_cpp": MappingProxyType({"normalize_over": "visible", "sink": 1, "tail": 1}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SpecPrefillConfig:
+    """How importance is computed, how much is kept, and when the loop runs dense instead.
+
+    Attributes:
+        keep_ratio: fraction of the prompt's chunks to KEEP, in (0, 1]; the budget unless one of the next two is given.
+        look_ahead: query rows N: the last prompt token and N - 1 decoded tokens (or the last N prompt tokens).
+        chunk_size: tokens per chunk; chunks are kept or dropped whole.
+        keep_tokens: absolute budget in tokens, instead of `keep_ratio`.
+        keep_mass: keep the fewest chunks that hold this fraction of the importance, instead of `keep_ratio`.
+        pool_kernel_size: odd width of the average pooling along the prompt; 1 is no pooling.
+        pool_edge: "zero" divides by the width everywhere, "valid" by the number of tokens inside the prompt.
+        pool_order: "before_max" pools each head's probabilities, "after_max" pools the maximum.
+        reduce: "mean" or "max" over look-ahead rows.
+        rounding: "ceil" or "floor" of the budget in chunks.
+        queries: "look_ahead" decodes N - 1 tokens; "observation_window" takes the last N prompt rows, with no decoding.
+        normalize_over: "prompt" normalizes over prompt keys only, "visible" over all keys that the row saw.
+        score_layers: indices of the layers to score; None for all. Negative indices count from the last layer.
+        window: sliding-window layers are scored within their window ("mask"), or left out where the window is shorter
+            than the prompt ("skip").
+        sink: first tokens that are always kept.
+        tail: last tokens that are always kept.
+        min_prompt_tokens: shorter prompts run dense; a prompt of a few chunks has nothing to gain.
+        backend: which implementation of the ops runs.
+
+    Raises:
+        ValueError: a field has a wrong type or value; the message names it.
+
+    Example:
+        >>> SpecPrefillConfig.preset("pflash", keep_ratio=0.1).queries
+        'observation_window'
+    """
+
+    keep_ratio: float | None = 0.2
+    look_ahead: int = 8
+    chunk_size: int = 32
+    keep_tokens: int | None = None
+    keep_mass: float | None = None
+    pool_kernel_size: int = 13
+    pool_edge: str = "zero"
+    pool_order: str = "before_max"
+    reduce: str = "mean"
+    rounding: str = "ceil"
+    queries: str = "look_ahead"
+    normalize_over: str = "prompt"
+    score_layers: tuple[int, ...] | None = None
+    window: str = "mask"
+    sink: int = 0
+    tail: int = 0
+    min_prompt_tokens: int = 256
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("look_ahead", "chunk_size", "pool_kernel_size"):
+            _integer(name, getattr(self, name), 1)
+        for name in ("sink", "tail", "min_prompt_tokens"):
+            _integer(name, getattr(self, name), 0)
+        if self.pool_kernel_size % 2 == 0:
+            _fail("pool_kernel_size", "an odd number (a centred window)", self.pool_kernel_size)
+        for name, options in CHOICES.items():
+            if getattr(self, name) not in options:
+                _fail(name, f"one of {options}", getattr(self, name))
+        if self.keep_tokens is not None and self.keep_mass is not None:
+            _fail("keep_mass", "None when keep_tokens is given (one budget)", self.keep_mass)
+        if self.keep_tokens is not None:
+            _integer("keep_tokens", self.keep_tokens, 1)
+        if self.keep_mass is not None:
+            _fraction("keep_mass", self.keep_mass)
+        if self.keep_ratio is not None:
+            _fraction("keep_ratio", self.keep_ratio)
+        elif self.keep_tokens is None and self.keep_mass is None:
+            _fail("keep_ratio", "a fraction in (0, 1], or keep_tokens, or keep_mass", None)
+        if self.score_layers is not None:
+            object.__setattr__(self, "score_layers", _layers(self.score_layers))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "SpecPrefillConfig":
+        """The configuration of a known implementation ("paper", "pflash", "llama_cpp"), with `changes` on top."""
+        if name not in PRESETS:
+            _fail("name", f"one of {tuple(PRESETS)}", name)
+        return cls(**{**PRESETS[name], **changes})
+
+    def replace(self, **changes: Any) -> "SpecPrefillConfig":
+        """A copy with some fields changed, checked like a new one."""
+        known = {field.name for field in fields(self)}
+        for name in changes:
+            if name not in known:
+                _fail(name, f"a field of SpecPrefillConfig, one of {sorted(known)}", "an unknown name")
+        return replace(self, **changes)
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The budget as the one keyword that `select_chunks` takes."""
+        if self.keep_tokens is not None:
+            return {"keep_tokens": self.keep_tokens}
+        if self.keep_mass is not None:
+            return {"keep_mass": self.keep_mass}
+        assert self.keep_ratio is not None  # __post_init__ has refused a config without a budget
+        return {"keep_ratio": self.keep_ratio}
+
+    def keeps_all(self, seq_len: int) -> bool:
+        """Whether the budget surely covers a whole prompt, so that there is nothing to select."""
+        if self.keep_mass is not None:
+            return False  # depends on the importance
+        chunks = -(-seq_len // self.chunk_size)
+        if self.keep_tokens is not None:
+            wanted = self.keep_tokens / self.chunk_size
+        else:
+            wanted = (self.keep_ratio or 0.0) * chunks
+        nearest = round(wanted)
+        if abs(wanted - nearest) <= _BUDGET_SLACK * max(1, chunks):
+            wanted = nearest
+        rounded: Callable[[float], int] = math.ceil if self.rounding == "ceil" else math.floor
+        return max(1, rounded(wanted)) >= chunks
+
+
+def _fail(name: str, expected: str, got: object) -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        _fail(name, f"an int of at least {minimum}", value)
+
+
+def _fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        _fail(name, "a fraction in (0, 1]", value)
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    try:
+        layers = tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        layers = ()
+    if isinstance(value, str) or not layers or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+        _fail("score_layers", "None or layer indices, at least one", value)
+    if len(set(layers)) != len(layers):
+        _fail("score_layers", "each layer once", value)
+    return layers
