@@ -1,0 +1,38 @@
+"""Fused kernels for speculative prefill.
+
+A small speculator reads a long prompt and decodes a few look-ahead tokens; the attention of those look-ahead queries
+says which prompt tokens matter, and the base model prefills only those, at their original positions (Liu, Chen,
+Zhang: "Speculative Prefill", ICML 2025, arXiv 2502.02789). This package holds the ops between the two models.
+"""
+
+from specprefill_kernels import _library as _library  # registers the ops
+from specprefill_kernels._backends import BackendUnavailable, available_backends, use_backend
+from specprefill_kernels._diagnosis import show_config
+from specprefill_kernels._version import __version__
+from specprefill_kernels.config import SpecPrefillConfig
+from specprefill_kernels.ops.finalize import finalize_importance
+from specprefill_kernels.ops.gather import Packed, gather_kv, gather_tokens
+from specprefill_kernels.ops.score import new_state, score_layer_, score_layers_, score_workspace_size
+from specprefill_kernels.ops.select import Selection, select_chunks
+from specprefill_kernels.ops.select_tokens import TokenSelection, select_tokens
+
+__all__ = [
+    "BackendUnavailable",
+    "Packed",
+    "Selection",
+    "SpecPrefillConfig",
+    "TokenSelection",
+    "__version__",
+    "available_backends",
+    "finalize_importance",
+    "gather_kv",
+    "gather_tokens",
+    "new_state",
+    "score_layer_",
+    "score_layers_",
+    "score_workspace_size",
+    "select_chunks",
+    "select_tokens",
+    "show_config",
+    "use_backend",
+]

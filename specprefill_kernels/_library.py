@@ -1,0 +1,241 @@
+"""The ops as PyTorch sees them: schemas, dispatch to a backend, and shapes for torch.compile.
+
+`define` and `impl` are used rather than `torch.library.custom_op`: a call costs a third. No op has a derivative: the
+Autograd key falls through, so results never require grad.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specprefill_kernels import _backends
+from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, token_axis
+from specprefill_kernels.ops.select.budget import Budget
+
+SCHEMAS = (
+    "score_layers_(Tensor(a!) state, Tensor[] queries_per_layer, Tensor[] keys_per_layer, Tensor? seq_lens, "
+    "Tensor? cu_seqlens, Tensor? block_table, Tensor? num_look_ahead, int[] window, Tensor[] lse, Tensor[] key_scale, "
+    "Tensor(b!)? workspace, str layout, str queries, str normalize_over, float? scale, float? softcap, "
+    "int pool_kernel_size, str pool_edge, str pool_order, str backend) -> ()",
+    "finalize_importance(Tensor state, Tensor? seq_lens, Tensor? num_look_ahead, str reduce, int pool_kernel_size, "
+    "str pool_edge, str backend) -> Tensor",
+    "select_chunks(Tensor importance, Tensor? seq_lens, Tensor? protect, float? keep_ratio, SymInt? keep_tokens, "
+    "float? keep_mass, int chunk_size, str rounding, int sink, int tail, str backend) -> (Tensor, Tensor, Tensor)",
+    "gather_tokens(Tensor x, Tensor indices, Tensor num_kept, Tensor? cu_seqlens, int token_dim, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    "gather_kv(Tensor key_cache, Tensor value_cache, Tensor indices, Tensor num_kept, str layout, "
+    "Tensor? block_table, Tensor? cu_seqlens, str backend) -> (Tensor, Tensor)",
+    "gather_kv_out_(Tensor(a!) out_key, Tensor(b!) out_value, Tensor key_cache, Tensor value_cache, Tensor indices, "
+    "Tensor num_kept, str layout, Tensor? block_table, Tensor? cu_seqlens, Tensor? out_block_table, str backend) -> ()",
+    "select_tokens(Tensor state, Tensor x, Tensor? seq_lens, Tensor? num_look_ahead, Tensor? protect, str reduce, "
+    "float? keep_ratio, SymInt? keep_tokens, float? keep_mass, int chunk_size, str rounding, int sink, int tail, "
+    "int token_dim, int pool_kernel_size, str pool_edge, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+_library = torch.library.Library("specprefill", "DEF")
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    """Lengths and tables as the kernels read them: int32 and contiguous. They are small; nothing else is copied."""
+    return None if x is None else x.to(torch.int32).contiguous()
+
+
+def _score_layers_(
+    state: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    num_look_ahead: Tensor | None,
+    window: list[int],
+    lse: list[Tensor],
+    key_scale: list[Tensor],
+    workspace: Tensor | None,
+    layout: str,
+    queries_kind: str,
+    normalize_over: str,
+    scale: float | None,
+    softcap: float | None,
+    pool_kernel_size: int,
+    pool_edge: str,
+    pool_order: str,
+    backend: str,
+) -> None:
+    options = ScoreOptions(
+        layout, queries_kind, normalize_over, scale, softcap, pool_kernel_size, pool_edge, pool_order
+    )
+    sequences = Sequences(_int32(seq_lens), _int32(cu_seqlens), _int32(block_table), _int32(num_look_ahead))
+    run = _backends.implementation("score_layers", "score_layers_", backend, state.device.type)
+    run(state, queries, keys, sequences, window, lse, key_scale, workspace, options)
+
+
+def _finalize_importance(
+    state: Tensor,
+    seq_lens: Tensor | None,
+    num_look_ahead: Tensor | None,
+    reduce: str,
+    pool_kernel_size: int,
+    pool_edge: str,
+    backend: str,
+) -> Tensor:
+    run = _backends.implementation("finalize_importance", "finalize_importance", backend, state.device.type)
+    importance: Tensor = run(state, _int32(seq_lens), _int32(num_look_ahead), reduce, pool_kernel_size, pool_edge)
+    return importance
+
+
+def _select_chunks(
+    importance: Tensor, seq_lens: Tensor | None, protect: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *budget, backend = rest
+    run = _backends.implementation("select_chunks", "select_chunks", backend, importance.device.type)
+    selected: tuple[Tensor, Tensor, Tensor] = run(importance, _int32(seq_lens), protect, Budget(*budget))
+    return selected
+
+
+def _gather_tokens(
+    x: Tensor, indices: Tensor, num_kept: Tensor, cu_seqlens: Tensor | None, token_dim: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _backends.implementation("gather_tokens", "gather_tokens", backend, x.device.type)
+    packed: tuple[Tensor, Tensor, Tensor] = run(x, indices, num_kept, _int32(cu_seqlens), token_dim)
+    return packed
+
+
+def _gather_kv(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    indices: Tensor,
+    num_kept: Tensor,
+    layout: str,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    outs = [_new_cache(cache, indices, layout) for cache in (key_cache, value_cache)]
+    out_block_table = None
+    if block_table is not None:
+        batch = indices.shape[0]
+        blocks = torch.arange(outs[0].shape[0], dtype=torch.int32, device=indices.device)
+        out_block_table = blocks.view(batch, -1)
+    tables = (block_table, cu_seqlens, out_block_table)
+    _gather_kv_out_(outs[0], outs[1], key_cache, value_cache, indices, num_kept, layout, *tables, backend)
+    return outs[0], outs[1]
+
+
+def _new_cache(cache: Tensor, indices: Tensor, layout: str) -> Tensor:
+    """Zeros in `layout` with room for the selection's K tokens per sequence."""
+    batch, width = indices.shape
+    shape = list(cache.shape)
+    if layout.startswith("paged"):
+        shape[0] = batch * (-(-width // shape[token_axis(layout)]))
+    else:
+        shape[token_axis(layout)] = batch * width if layout == "packed" else width
+    return torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+
+
+def _gather_kv_out_(
+    out_key: Tensor,
+    out_value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    indices: Tensor,
+    num_kept: Tensor,
+    layout: str,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_block_table: Tensor | None,
+    backend: str,
+) -> None:
+    run = _backends.implementation("gather_kv", "gather_kv", backend, key_cache.device.type)
+    tables = (_int32(block_table), _int32(cu_seqlens), _int32(out_block_table))
+    run((key_cache, value_cache), (out_key, out_value), indices, num_kept, layout, *tables)
+
+
+def _select_tokens(
+    state: Tensor,
+    x: Tensor,
+    seq_lens: Tensor | None,
+    num_look_ahead: Tensor | None,
+    protect: Tensor | None,
+    reduce: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *budget, token_dim, pool_kernel_size, pool_edge, backend = rest
+    run = _backends.implementation("select_tokens", "select_tokens", backend, state.device.type)
+    lengths, rows = _int32(seq_lens), _int32(num_look_ahead)
+    selected: tuple[Tensor, ...] = run(
+        state, x, lengths, rows, protect, reduce, pool_kernel_size, pool_edge, Budget(*budget), token_dim
+    )
+    return selected
+
+
+# What follows says shapes and dtypes alone, for torch.compile and meta tensors.
+
+
+def _fake_finalize(state: Tensor, *_: Any) -> Tensor:
+    return state.new_empty(state.shape[0], state.shape[2])
+
+
+def _fake_select(importance: Tensor, _: Any, protect: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, max_len = importance.shape
+    width = Budget(*rest[:-1]).width(max_len, protect is not None)
+    return (
+        importance.new_empty(batch, width, dtype=torch.int32),
+        importance.new_empty(batch, dtype=torch.int32),
+        importance.new_empty(batch, dtype=torch.bool),
+    )
+
+
+def _fake_gather_tokens(
+    x: Tensor, indices: Tensor, _: Any, cu_seqlens: Tensor | None, token_dim: int, *__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    axis = token_dim - 1
+    rest = x.shape[axis + (1 if cu_seqlens is not None else 2) :]
+    tokens = indices.shape[0] * indices.shape[1]
+    return (
+        x.new_empty([*x.shape[:axis], tokens, *rest]),
+        x.new_empty(tokens, dtype=torch.int64),
+        x.new_empty(indices.shape[0] + 1, dtype=torch.int32),
+    )
+
+
+def _fake_gather_kv(
+    key_cache: Tensor, value_cache: Tensor, indices: Tensor, _: Any, layout: str, *__: Any
+) -> tuple[Tensor, Tensor]:
+    return _new_cache(key_cache, indices, layout), _new_cache(value_cache, indices, layout)
+
+
+def _fake_select_tokens(
+    state: Tensor, x: Tensor, seq_lens: Any, rows: Any, protect: Tensor | None, reduce: str, *rest: Any
+) -> tuple[Tensor, ...]:
+    *budget, token_dim, _, _, _ = rest
+    importance = _fake_finalize(state)
+    indices, num_kept, overflow = _fake_select(importance, seq_lens, protect, *budget, "")
+    packed = _fake_gather_tokens(x, indices, num_kept, None, token_dim)
+    return importance, indices, num_kept, overflow, *packed
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+_OPS = {
+    "score_layers_": (_score_layers_, _nothing),
+    "finalize_importance": (_finalize_importance, _fake_finalize),
+    "select_chunks": (_select_chunks, _fake_select),
+    "gather_tokens": (_gather_tokens, _fake_gather_tokens),
+    "gather_kv": (_gather_kv, _fake_gather_kv),
+    "gather_kv_out_": (_gather_kv_out_, _nothing),
+    "select_tokens": (_select_tokens, _fake_select_tokens),
+}
+
+for _schema in SCHEMAS:
+    _name = _schema.split("(", 1)[0]
+    _run, _fake = _OPS[_name]
+    _library.define(_schema)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"specprefill::{_name}", _fake, lib=_library)

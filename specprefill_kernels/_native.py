@@ -1,0 +1,46 @@
+"""The compiled module, if this installation has one, and how tensors become what it takes: addresses and strides."""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_C: ModuleType | None = None
+_reason: str | None = None
+try:
+    _C = importlib.import_module("specprefill_kernels._C")
+except ImportError as error:
+    _reason = (
+        f"the compiled module is not there ({error}); reinstall with a C++17 compiler, "
+        "and without SPECPREFILL_BUILD=none"
+    )
+
+# specprefill_dtype in specprefill.h
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+
+
+def unavailable() -> str | None:
+    """Why the compiled module cannot be used, or None."""
+    return _reason
+
+
+def module() -> ModuleType:
+    if _C is None:
+        raise RuntimeError(_reason)
+    return _C
+
+
+def address(x: Tensor | None) -> int:
+    """0 (a null pointer) for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def threads() -> int:
+    return torch.get_num_threads()

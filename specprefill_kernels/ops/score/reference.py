@@ -1,0 +1,112 @@
+"""The definition of the score, in plain PyTorch: what every other backend is held against.
+
+A = softmax over the visible keys of (q . k * scale)      per query head, fp32
+P = A averaged over a centred window of pool_kernel_size positions
+state[b, n, t] = max(state[b, n, t], max over heads of P)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specprefill_kernels import _checks
+from specprefill_kernels.ops.score.options import (
+    ScoreOptions,
+    Sequences,
+    head_axis,
+    look_ahead_rows,
+    sequence_bounds,
+)
+
+
+def score_layers_(
+    state: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
+    sequences: Sequences,
+    windows: list[int],
+    lse: list[Tensor],
+    key_scales: list[Tensor],
+    workspace: Tensor | None,
+    options: ScoreOptions,
+) -> None:
+    for i, (query, key) in enumerate(zip(queries, keys)):
+        layer_lse = lse[i] if lse else None
+        key_scale = key_scales[i] if key_scales else None
+        _score_layer_(state, query, key, sequences, windows[i], layer_lse, key_scale, options)
+
+
+def _score_layer_(
+    state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    sequences: Sequences,
+    window: int,
+    lse: Tensor | None,
+    key_scale: Tensor | None,
+    options: ScoreOptions,
+) -> None:
+    batch, look_ahead = query.shape[:2]
+    scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
+    rows = look_ahead_rows(batch, look_ahead, sequences.num_look_ahead)
+    extra = [n - 1 for n in rows] if options.extra_keys else None
+    bounds = sequence_bounds(batch, state.shape[2], options.layout, key, sequences, extra)
+    for b, (start, length, readable) in enumerate(bounds):
+        n = rows[b]
+        k = sequence_keys(key, b, start, readable, options.layout, sequences.block_table).float()  # [Hkv, t, D]
+        if key_scale is not None:
+            k = k * key_scale.reshape(-1, 1, 1)
+        q = query[b, :n].float().unflatten(1, (k.shape[0], -1))  # [n, Hkv, G, D]
+        s = torch.einsum("nhgd,htd->hgnt", q, k) * scale
+        if options.softcap is not None:
+            s = options.softcap * torch.tanh(s / options.softcap)
+        s = s.masked_fill(~visible(n, length, readable, window, options, s.device), -torch.inf)
+        if lse is None:
+            norm = s.logsumexp(-1, keepdim=True).masked_fill(s.amax(-1, keepdim=True) == -torch.inf, 0.0)
+        else:
+            norm = lse[b, :n].float().unflatten(1, (k.shape[0], -1)).permute(1, 2, 0)[..., None]
+        weights = torch.exp(s - norm)[..., :length]  # [Hkv, G, n, length]
+        if state.device.type == "cpu" and not bool(torch.isfinite(weights).all()):
+            _checks.fail(f"query, key or lse of sequence {b}", "finite attention weights", "NaN or Inf")
+        if options.pool_order == "before_max":
+            weights = pool(weights, options.pool_kernel_size, options.pool_edge)
+        best = weights.amax((0, 1))
+        target = state[b, :n, :length] if state.shape[1] == look_ahead else state[b, :1, :length]
+        target.copy_(torch.maximum(target, best if target.shape[0] == n else best.amax(0, keepdim=True)))
+
+
+def sequence_keys(
+    key: Tensor, b: int, start: int, length: int, layout: str, block_table: Tensor | None
+) -> Tensor:  # [Hkv, length, D]
+    """The keys of sequence b, whatever the layout."""
+    if layout == "packed":
+        return key[start : start + length].transpose(0, 1)
+    if block_table is None:
+        return (key[b] if layout == "bhtd" else key[b].transpose(0, 1))[:, :length]
+    blocks = key.movedim(head_axis(layout), 1)  # [num_blocks, Hkv, block_size, D]
+    count = -(-length // blocks.shape[2])
+    used = blocks.view(torch.uint8) if blocks.dtype in _checks.FP8 else blocks  # fp8 has no indexing kernel
+    taken = used[block_table[b, :count].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+    return taken.view(blocks.dtype) if blocks.dtype in _checks.FP8 else taken
+
+
+def visible(
+    rows: int, length: int, readable: int, window: int, options: ScoreOptions, device: torch.device
+) -> Tensor:  # bool [rows, readable]
+    """Which keys each row's softmax runs over."""
+    t = torch.arange(readable, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    position = length - 1 + row if options.queries == "look_ahead" else length - rows + row
+    seen = t <= position
+    if not options.extra_keys:
+        seen = seen & (t < length)
+    if window > 0:
+        seen = seen & (t > position - window)
+    return seen & (position >= 0)
+
+
+def pool(x: Tensor, kernel_size: int, edge: str) -> Tensor:
+    """Average of a centred window over the last dimension, same length."""
+    flat = x.reshape(1, -1, x.shape[-1])
+    pooled = F.avg_pool1d(flat, kernel_size, 1, kernel_size // 2, count_include_pad=edge == "zero")
+    return pooled.view(x.shape)
