@@ -1,0 +1,89 @@
+"""score_layers_: a list of layers in one call is the same as one call per layer, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from grid import on_backends, same
+from layouts import LAYOUTS
+from scoring import BF16, E4M3, FP16, FP32, Case, assert_close, draw
+
+import specprefill_kernels as spk
+
+pytestmark = on_backends("score_layers")
+
+BASE = Case(seq_lens=(50, 23), rows=(4, 3), look_ahead=4, head_dim=16)
+SHARED = ("layout", "seq_lens", "cu_seqlens", "block_table", "num_look_ahead", "queries", "normalize_over", "softcap")
+
+
+def layers_of(case: Case, count: int = 3):
+    return [draw(case.but(seed=seed)) for seed in range(count)]
+
+
+def run_layers(problems, backend, **changes):
+    """One ``score_layers_`` call over the problems' layers, on the first one's state."""
+    arguments = [problem.arguments(backend.device) for problem in problems]
+    shared = {name: value for name, value in arguments[0].items() if name in SHARED}
+    for name in ("lse", "key_scale"):
+        if arguments[0][name] is not None:
+            shared[name] = [given[name] for given in arguments]
+    state = problems[0].state.clone().to(backend.device)
+    queries, keys = ([given[name] for given in arguments] for name in ("query", "key"))
+    returned = spk.score_layers_(state, queries, keys, backend=backend.name, **{**shared, **changes})
+    assert returned.data_ptr() == state.data_ptr()
+    return state.cpu()
+
+
+def one_by_one(problems, backend, changes=None):
+    state = problems[0].state
+    for i, problem in enumerate(problems):
+        problem.state = state
+        state = problem.run(backend, **(changes[i] if changes else {}))
+    return state
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (FP16, FP16), (BF16, E4M3)], ids=str)
+def test_equals_repeated_single_layers(backend, layout, queries, dtypes):
+    case = BASE.but(layout=layout, dtypes=dtypes, key_scale="per_head", spare=2, options={"queries": queries})
+    same(run_layers(layers_of(case), backend), one_by_one(layers_of(case), backend))
+
+
+def test_against_the_oracle(backend):
+    """The state is the max over layers: neither their sum nor the last one."""
+    problems = layers_of(BASE, 4)
+    expected = np.maximum.reduce([problem.expected() for problem in problems])
+    assert_close(run_layers(problems, backend).numpy(), expected)
+
+
+def test_lse_and_key_scale_are_lists(backend):
+    case = BASE.but(lse=True, key_scale=0.5)
+    problems = layers_of(case)
+    same(run_layers(problems, backend), one_by_one(layers_of(case), backend))
+
+
+@pytest.mark.parametrize("windows", [5, [None, 5, 9], [3, None, None]], ids=str)
+def test_one_window_for_all_or_one_per_layer(backend, windows):
+    problems = layers_of(BASE.but(options={"queries": "observation_window"}))
+    each = [{"window": w} for w in (windows if isinstance(windows, list) else [windows] * 3)]
+    single = one_by_one(layers_of(BASE.but(options={"queries": "observation_window"})), backend, each)
+    same(run_layers(problems, backend, window=windows), single)
+
+
+def test_layers_may_differ_in_heads_dims_and_dtypes(backend):
+    cases = [BASE, BASE.but(heads=(6, 3), head_dim=40, dtypes=(BF16, BF16)), BASE.but(heads=(2, 1), head_dim=7)]
+    same(run_layers([draw(case) for case in cases], backend), one_by_one([draw(case) for case in cases], backend))
+
+
+def test_the_order_of_layers_does_not_matter(backend):
+    same(run_layers(layers_of(BASE)[::-1], backend), run_layers(layers_of(BASE), backend))
+
+
+def test_a_workspace_changes_nothing(backend):
+    """Whatever it holds before."""
+    problems = layers_of(BASE)
+    size = spk.score_workspace_size(2, 4, 4, 2, 50)
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=backend.device)
+    same(run_layers(problems, backend, workspace=workspace), run_layers(layers_of(BASE), backend))
