@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -77,6 +78,12 @@ def check_compiler() -> None:
         raise BuildError(
             f"no C++ compiler found (looked for {', '.join(candidates)}): install one (Debian, Ubuntu: apt-get install "
             "g++; Fedora: dnf install gcc-c++) or set CXX; SPECPREFILL_BUILD=none installs without compiled kernels"
+        )
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        raise BuildError(
+            f"Python.h not found in {include}: install Python's headers (Debian, Ubuntu: apt-get install python3-dev; "
+            "Fedora: dnf install python3-devel); SPECPREFILL_BUILD=none installs without compiled kernels"
         )
 
 

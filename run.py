@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Does all the set-up, then the job. Needs nothing but Python 3.10+, a C++ compiler and a network for the first call.
+
+    python3 run.py demo [args]      speculative prefill on a real model and a real document (specprefill demo [args])
+    python3 run.py test [args]      the tests (pytest python_tests [args])
+    python3 run.py setup            only the set-up
+    python3 run.py lint             ruff, clang-format and mypy, check-only
+    python3 run.py sanitize         the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+    python3 run.py python ARGS      the environment's own Python
+
+The environment is .venv beside this file (SPECPREFILL_VENV names another place). It is made once and brought up to date
+when the build's sources change. On a machine without an NVIDIA GPU it gets a CPU build of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = Path(os.environ.get("SPECPREFILL_VENV") or ROOT / ".venv").absolute()
+PYTHON = VENV / "bin" / "python"
+LOG = VENV / "setup.log"
+STAMP = VENV / "setup.json"
+
+# The newest torch the kernels were tested with; any torch >= 2.6 works (see pyproject.toml).
+TORCH = "torch==2.13.0"
+EXTRAS = {"demo": "demo", "test": "test", "lint": "dev", "sanitize": "test", "setup": "demo,test", "python": "test"}
+# What tells a CUDA build of torch from a CPU build: it pulls these.
+CUDA_PACKAGES = ("nvidia-", "cuda-")
+
+
+class SetupError(Exception):
+    """Something the reader can put right; the message says how."""
+
+
+def run_step(title: str, command: list[str], *, timeout: float | None = None) -> str | None:
+    """Run a command with its output in the log, a clock on the screen. Returns None, or why it failed."""
+    started = time.monotonic()
+    live = sys.stderr.isatty()
+    back = "\r" if live else ""
+    done = threading.Event()
+
+    def clock() -> None:
+        while not done.wait(1.0 if live else 15.0):
+            text = f"  {title} ... {time.monotonic() - started:.0f} s"
+            print(f"{back}{text}", end="" if live else "\n", file=sys.stderr, flush=True)
+
+    if not live:
+        print(f"  {title} ...", file=sys.stderr, flush=True)
+    ticker = threading.Thread(target=clock, daemon=True)
+    ticker.start()
+    try:
+        with LOG.open("a") as log:
+            log.write(f"\n$ {' '.join(command)}\n")
+            log.flush()
+            status = subprocess.run(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=timeout
+            ).returncode
+        failure = f"exit status {status}" if status else None
+    except subprocess.TimeoutExpired:
+        failure = f"no answer in {timeout:.0f} s"
+    except OSError as error:
+        failure = str(error)
+    done.set()
+    ticker.join()
+    mark = "failed" if failure else "done"
+    seconds = time.monotonic() - started
+    print(f"{back}  {title}: {mark} in {seconds:.0f} s    ", file=sys.stderr, flush=True)
+    return failure
+
+
+def need(title: str, command: list[str]) -> None:
+    failure = run_step(title, command)
+    if failure:
+        tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-25:])
+        raise SetupError(f"{title}: {failure}. The end of {LOG}:\n{tail}")
+
+
+def pip(*args: str) -> list[str]:
+    return [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *args]
+
+
+def check_machine() -> None:
+    """Name everything that is missing at once, before anything is downloaded."""
+    if os.environ.get("SPECPREFILL_BUILD", "").lower() == "none":
+        return
+    missing = []
+    if not os.environ.get("CXX") and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        missing.append(("a C++ compiler", "g++"))
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append(("Python's headers", "python3-dev"))
+    if missing:
+        what = " and ".join(name for name, _ in missing)
+        packages = " ".join(package for _, package in missing)
+        raise SetupError(
+            f"{what} not found. Debian, Ubuntu: apt-get install {packages}. "
+            "Or set SPECPREFILL_BUILD=none to go on without compiled kernels"
+        )
+
+
+def make_environment() -> None:
+    if PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir(parents=True)
+    venv = [sys.executable, "-m", "venv"]
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        # Debian keeps ensurepip in python3-venv. An environment without pip, and a pip from outside, do as well.
+        need("virtual environment", [*venv, "--without-pip", str(VENV)])
+        outside = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "pip"]
+        if run_step("pip for it", outside):
+            shutil.rmtree(VENV, ignore_errors=True)
+            raise SetupError(
+                "this Python cannot make a virtual environment with pip. Debian, Ubuntu: apt-get install python3-venv"
+            ) from None
+    else:
+        need("virtual environment", [*venv, str(VENV)])
+    # Older pips download whole packages to learn what they need; 23.1 is the first that reads PyPI's metadata files.
+    need("newest pip", pip("install", "--upgrade", "pip"))
+
+
+def has_gpu() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def would_bring_cuda() -> bool:
+    """Whether pip would take a CUDA build, asked without downloading it."""
+    report = VENV / "torch.json"
+    failure = run_step("which torch pip would take", pip("install", "--dry-run", "--report", str(report), TORCH))
+    if failure:
+        tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-10:])
+        raise SetupError(f"pip finds no {TORCH} for this Python ({sys.version.split()[0]}). The end of {LOG}:\n{tail}")
+    names = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
+    return any(name.lower().startswith(CUDA_PACKAGES) for name in names)
+
+
+def install_torch() -> None:
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    if subprocess.run([str(PYTHON), "-c", probe]).returncode == 0:
+        return
+    allowed = has_gpu() or sys.platform != "linux" or os.environ.get("SPECPREFILL_ALLOW_CUDA_TORCH") == "1"
+    if allowed or not would_bring_cuda():
+        need(f"{TORCH}", pip("install", TORCH))
+        return
+    # PyPI's Linux build brings several GB of CUDA. uv knows where the CPU builds lie.
+    need("uv, to fetch a CPU build of torch", pip("install", "uv"))
+    uv = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--torch-backend=cpu", TORCH]
+    if run_step(f"{TORCH}, CPU build", uv, timeout=1800):
+        raise SetupError(
+            "this machine has no NVIDIA GPU, and a CPU build of torch could not be fetched. Install one yourself "
+            f"with {PYTHON} -m pip, as PyTorch's 'Get Started' page says for CPU, and call this again; or take the "
+            "CUDA build after all, several GB: SPECPREFILL_ALLOW_CUDA_TORCH=1 python3 run.py ..."
+        )
+
+
+def source_files() -> Iterable[Path]:
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "run.py"):
+        yield ROOT / name
+    yield from sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+
+def fingerprint() -> str:
+    digest = hashlib.sha256(f"{sys.version} {os.environ.get('SPECPREFILL_BUILD', '')} {ROOT}".encode())
+    for path in source_files():
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def set_up(extras: str) -> None:
+    wanted = set(extras.split(","))
+    source = fingerprint()
+    stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    have = set(stamp.get("extras", []))
+    if stamp.get("source") == source and wanted <= have and PYTHON.exists():
+        return
+    check_machine()
+    print(f"setting up {VENV} (once; details in {LOG.name} there)", file=sys.stderr, flush=True)
+    make_environment()
+    install_torch()
+    every = sorted(wanted | have)
+    need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", f"{ROOT}[{','.join(every)}]"))
+    STAMP.write_text(json.dumps({"source": source, "extras": every}))
+
+
+def call(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
+    path = f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "PATH": path, **(env or {})}).returncode
+
+
+def lint() -> int:
+    cpp = [
+        str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".c", ".cu", ".cuh")
+    ]
+    checks = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["clang-format", "--dry-run", "-Werror", *cpp],
+        ["mypy"],
+    ]
+    failed = []
+    for command in checks:
+        print(f"$ {' '.join(command[:3])}", flush=True)
+        if call(str(VENV / "bin" / command[0]), *command[1:]):
+            failed.append(command[0])
+    print(f"lint: {'failed: ' + ', '.join(failed) if failed else 'clean'}", flush=True)
+    return 1 if failed else 0
+
+
+def main(argv: list[str]) -> int:
+    job, args = (argv[0], argv[1:]) if argv else ("help", [])
+    if job not in EXTRAS:
+        print(__doc__)
+        return 0 if job in ("help", "-h", "--help") else 2
+    try:
+        set_up(EXTRAS[job])
+    except SetupError as error:
+        print(f"\nrun.py: {error}", file=sys.stderr)
+        return 1
+    python = str(PYTHON)
+    if job == "demo":
+        return call(python, "-m", "specprefill_kernels.cli", "demo", *args)
+    if job == "test":
+        return call(python, "-m", "pytest", *args)
+    if job == "lint":
+        return lint()
+    if job == "sanitize":
+        return call(python, str(ROOT / "csrc" / "sanitize" / "run.py"), *args)
+    if job == "python":
+        return call(python, *args)
+    print(f"ready: {PYTHON}")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one should read why)
+        sys.exit("run.py needs Python 3.10 or newer, this is " + sys.version.split()[0])
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
