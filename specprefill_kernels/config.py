@@ -1,13 +1,14 @@
 """SpecPrefillConfig: every choice that known implementations of speculative prefill make differently, in one place.
 
-The defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789). Nothing here needs torch or transformers.
+The defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789).
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
+
+from specprefill_kernels.ops.select.budget import Budget
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -22,15 +23,12 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-# A product this close to an integer counts as that integer, so that 0.7 of 10 chunks is 7 and not 8.
-_BUDGET_SLACK = 1e-9
-
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper": MappingProxyType({}),
-        # Luce PFlash: one pass over the prompt and no decoding, the last 8 prompt rows (each causal) as queries, the mean
-        # over rows smoothed with AvgPool that divides by the tokens inside the prompt, a budget rounded down. Its
-        # forced head and tail chunks shrink with the budget there, which `sink` and `tail` never do: set them yourself.
+        # Luce PFlash: one pass over the prompt and no decoding, the last 8 prompt rows (each causal) as queries, scores
+        # smoothed after the maximum and divided by the tokens inside the prompt, a budget rounded down. The head and
+        # tail chunks that it forces shrink with the budget, which `sink` and `tail` never do: set those yourself.
         "pflash": MappingProxyType(
             {
                 "keep_ratio": 0.05,
@@ -138,29 +136,29 @@ class SpecPrefillConfig:
         return replace(self, **changes)
 
     @property
-    def budget(self) -> dict[str, float]:
+    def budget(self) -> dict[str, Any]:
         """The budget as the one keyword that `select_chunks` takes."""
         if self.keep_tokens is not None:
             return {"keep_tokens": self.keep_tokens}
         if self.keep_mass is not None:
             return {"keep_mass": self.keep_mass}
-        assert self.keep_ratio is not None  # __post_init__ has refused a config without a budget
         return {"keep_ratio": self.keep_ratio}
 
     def keeps_all(self, seq_len: int) -> bool:
         """Whether the budget surely covers a whole prompt, so that there is nothing to select."""
         if self.keep_mass is not None:
             return False  # depends on the importance
+        budget = Budget(
+            keep_ratio=None if self.keep_tokens is not None else self.keep_ratio,
+            keep_tokens=self.keep_tokens,
+            keep_mass=None,
+            chunk_size=self.chunk_size,
+            rounding=self.rounding,
+            sink=self.sink,
+            tail=self.tail,
+        )
         chunks = -(-seq_len // self.chunk_size)
-        if self.keep_tokens is not None:
-            wanted = self.keep_tokens / self.chunk_size
-        else:
-            wanted = (self.keep_ratio or 0.0) * chunks
-        nearest = round(wanted)
-        if abs(wanted - nearest) <= _BUDGET_SLACK * max(1, chunks):
-            wanted = nearest
-        rounded: Callable[[float], int] = math.ceil if self.rounding == "ceil" else math.floor
-        return max(1, rounded(wanted)) >= chunks
+        return budget.chunks(chunks) >= chunks
 
 
 def _fail(name: str, expected: str, got: object) -> None:
@@ -179,7 +177,7 @@ def _fraction(name: str, value: object) -> None:
 
 def _layers(value: object) -> tuple[int, ...]:
     try:
-        layers = tuple(value)  # type: ignore[arg-type]
+        layers: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
     except TypeError:
         layers = ()
     if isinstance(value, str) or not layers or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):

@@ -1,0 +1,94 @@
+"""Capture of what the score needs from a speculator's forward: post-RoPE query rows and keys, layer by layer.
+
+The handler calls the model's ordinary attention function, so flash or SDPA attention stays on and no attention matrix
+is ever formed. Queries are the last rows of each call; the key tensor is the one attention received, which with a cache
+is the cache's own tensor, so keys are never copied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from specprefill_kernels.loop.attention import Attention, attention_handler
+
+
+@dataclass
+class LayerCapture:
+    """One attention layer: `queries` are pieces [B, n, Hq, D] in row order, `key` is [B, Hkv, >= T, D]."""
+
+    key: Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+    queries: list[Tensor] = field(default_factory=list)
+
+
+class _ForwardDone(Exception):
+    """Ends a forward after the last layer that is needed; never leaves `Capture.running`."""
+
+
+class Capture:
+    """Collects query rows and keys over one or more forwards of a model.
+
+    Args:
+        configs: the model's `attention_configs`.
+        layers: indices to collect; None for every layer that calls attention.
+        last_layer: the last index that can be needed; a forward with `stop=True` ends there, before that layer's
+            attention runs.
+    """
+
+    def __init__(self, configs: list[PretrainedConfig], layers: frozenset[int] | None, last_layer: int) -> None:
+        self.layers: dict[int, LayerCapture] = {}
+        self._configs = configs
+        self._wanted = layers
+        self._last_layer = last_layer
+        self._rows = 1
+        self._stop = False
+
+    @contextmanager
+    def running(self, rows: int, *, stop: bool = False) -> Iterator[None]:
+        """One forward whose last `rows` query rows count. With `stop` the forward ends after the last layer needed.
+
+        A stopped forward returns nothing: the `with` block ends where it was called. Modules are not touched.
+        """
+        self._rows, self._stop = rows, stop
+        try:
+            with attention_handler(self._configs, self):
+                yield
+        except _ForwardDone:
+            pass
+
+    def __call__(
+        self,
+        ordinary: Attention,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer: int | None = getattr(module, "layer_idx", None)
+        if layer is not None and (self._wanted is None or layer in self._wanted):
+            self._record(layer, query, key, kwargs)
+        if self._stop and layer == self._last_layer:
+            raise _ForwardDone
+        return ordinary(module, query, key, value, attention_mask, **kwargs)
+
+    def _record(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        if layer not in self.layers:
+            scale = kwargs.get("scaling")
+            self.layers[layer] = LayerCapture(
+                key=key,
+                scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+                softcap=kwargs.get("softcap"),
+                window=kwargs.get("sliding_window"),
+            )
+        # A clone: a slice would keep the queries of the whole prompt alive.
+        self.layers[layer].queries.append(query[:, :, -self._rows :].transpose(1, 2).clone())
+        self.layers[layer].key = key

@@ -1,0 +1,121 @@
+"""Choosing tokens as `model.generate` would: its logits processors, sampling and stopping, around any forward."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What `generate` would apply at every step of one prompt."""
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    do_sample: bool
+
+
+def plan_decoding(
+    model: Any, input_ids: Tensor, *, max_new_tokens: int, do_sample: bool, tokenizer: Any = None, **options: Any
+) -> DecodePlan:
+    """Ask Transformers for the processors and stopping criteria of this prompt, without running the model.
+
+    `generate` hands everything it has prepared to a `custom_generate` function, so the model's generation config (EOS
+    ids, repetition penalty, top-k, ...) and every option that `generate` knows are honoured by its own code. Processors
+    that look at the prompt see ALL of it, dropped tokens too.
+
+    Raises:
+        ValueError: an option that `generate` does not know, beams, or several sequences per prompt.
+    """
+    prepared: dict[str, Any] = {}
+
+    def keep(
+        _model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **_: Any,
+    ) -> Tensor:
+        prepared.update(processor=logits_processor, criteria=stopping_criteria, config=generation_config)
+        return input_ids
+
+    stop_strings = options.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None)
+    criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings: expected a tokenizer beside them, got none")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    model.generate(
+        input_ids,
+        custom_generate=keep,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        stopping_criteria=criteria,
+        **options,
+    )
+    config = prepared["config"]
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(config, name, None) or 1) != 1:
+            raise ValueError(f"{name}: expected 1, got {getattr(config, name)}")
+    return DecodePlan(prepared["processor"], prepared["criteria"], bool(config.do_sample))
+
+
+def decode(plan: DecodePlan, input_ids: Tensor, logits: Tensor, step: Callable[[Tensor], Tensor]) -> Iterator[int]:
+    """Yield tokens until a stopping criterion is met. The first one needs no forward beyond the prefill.
+
+    Args:
+        input_ids: [1, T], the whole prompt: what processors and criteria look at.
+        logits: [1, V] of the prefill's last token.
+        step: feeds a token [1, 1] and returns the next logits.
+    """
+    while True:
+        with torch.no_grad():
+            scores = plan.logits_processor(input_ids, logits)  # type: ignore[arg-type]
+            if plan.do_sample:
+                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+            else:
+                token = torch.argmax(scores, dim=-1, keepdim=True)
+            input_ids = torch.cat([input_ids, token], dim=-1)
+            finished = bool(plan.stopping_criteria(input_ids, None).all())
+        yield int(token)
+        if finished:
+            return
+        logits = step(token)
+
+
+class PieceDecoder:
+    """Turns tokens into text pieces as they come, and never cuts a character in two.
+
+    A piece is what the newest tokens add to the text of the few before them, so that spaces and merges come out as in
+    the whole text. Nothing is held back to a word's end, only while a multi-byte character is incomplete.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context = 0  # tokens from here on are decoded, to give the new ones their left neighbour
+        self._done = 0  # tokens before this are in the pieces already
+
+    def _text(self, start: int, end: int | None = None) -> str:
+        text: str = self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+        return text
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is incomplete or the token has no text."""
+        self._tokens.append(token)
+        before, now = self._text(self._context, self._done), self._text(self._context)
+        if now.endswith("\N{REPLACEMENT CHARACTER}") or len(now) <= len(before):
+            return ""
+        self._context, self._done = self._done, len(self._tokens)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        before, now = self._text(self._context, self._done), self._text(self._context)
+        self._context = self._done = len(self._tokens)
+        return now[len(before) :]

@@ -1,0 +1,303 @@
+"""SpecPrefill: the whole path, from a prompt to an answer whose first token comes early."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from specprefill_kernels.config import SpecPrefillConfig
+from specprefill_kernels.loop.clock import StageClock
+from specprefill_kernels.loop.decoding import PieceDecoder, decode, plan_decoding
+from specprefill_kernels.loop.prefill import BaseRun
+from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens
+from specprefill_kernels.loop.results import GenerationResult, PromptSelection, Span
+from specprefill_kernels.loop.selecting import Selector
+from specprefill_kernels.loop.speculator import Speculator
+from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
+
+logger = logging.getLogger("specprefill_kernels")
+
+
+class SpecPrefill:
+    """Speculative prefill for two Transformers models, or for one.
+
+    The speculator reads the whole prompt and says which chunks matter; the base prefills those alone, at their original
+    positions, and decodes from position T on. `keep_ratio=1.0`, a short prompt, or a model that cannot do this runs an
+    ordinary dense prefill, and the result says why.
+
+    Whatever the budget, the chunk of the last prompt token is kept: the first answer token is read off that token.
+
+    A list of prompts runs one after the other. Prompts of unequal length would need left padding in one batch; padding
+    turns the `is_causal` attention kernels off and makes every prompt wait for the longest, while a prefill of
+    thousands of tokens fills the machine by itself. So each prompt has its own first token as early as alone, and a
+    list gives exactly what its prompts give singly.
+
+    Args:
+        base: a Transformers causal language model.
+        speculator: a smaller one; the base itself is allowed. None with `self_layers`.
+        config: see `SpecPrefillConfig`; default: the paper's.
+        tokenizer: the base's; needed for prompts of text or messages, and for text in results.
+        speculator_tokenizer: the speculator's, if it has other tokens than the base.
+        self_layers: (first, last), both included, of the base's own layers to score: no second model. Queries are then
+            the last `look_ahead` prompt rows, and the scoring pass stops after layer `last`. An int n means (0, n - 1).
+
+    Raises:
+        ValueError: an argument is wrong, or does not go with another.
+
+    Example:
+        >>> from specprefill_kernels.loop import SpecPrefill
+        >>> sp = SpecPrefill(base, speculator, SpecPrefillConfig(keep_ratio=0.1), tokenizer=tokenizer)  # doctest: +SKIP
+        >>> result = sp.generate(prompt, max_new_tokens=64)  # doctest: +SKIP
+        >>> result.text, result.mode, result.ttft  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        speculator: Any = None,
+        config: SpecPrefillConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        speculator_tokenizer: Any = None,
+        self_layers: int | tuple[int, int] | None = None,
+    ) -> None:
+        config = SpecPrefillConfig() if config is None else config
+        if not isinstance(config, SpecPrefillConfig):
+            raise TypeError(f"config: expected a SpecPrefillConfig, got {type(config).__name__}")
+        if base.config.is_encoder_decoder:
+            raise ValueError(f"base: expected a decoder-only model, got {type(base).__name__}")
+        if (speculator is None) == (self_layers is None):
+            got = "neither" if speculator is None else "both"
+            raise ValueError(f"speculator: expected a model or self_layers=(first, last), got {got}")
+        bridge = None
+        if speculator_tokenizer is not None:
+            if tokenizer is None or speculator is None:
+                missing = "tokenizer" if tokenizer is None else "speculator"
+                raise ValueError(f"{missing}: expected one beside speculator_tokenizer, got None")
+            if not same_tokens(tokenizer, speculator_tokenizer):
+                bridge = TokenBridge(tokenizer, speculator_tokenizer)
+        layer_range = None
+        if self_layers is not None:
+            layer_range = _layer_range(self_layers, num_layers(base))
+            # The lower layers alone decode nothing.
+            config = config.replace(queries="observation_window")
+        scorer = base if speculator is None else speculator
+        problem = _problem(base, scorer)
+        if problem is not None:
+            logger.warning("every prompt will run dense: %s", problem)
+        self.base = base
+        self.config = config
+        self.tokenizer = tokenizer
+        self._devices = (base.device, scorer.device)
+        self._selector = Selector(
+            None if problem is not None else Speculator(scorer, config, layer_range),
+            bridge,
+            config,
+            problem,
+            base.device,
+        )
+
+    def select(self, prompt: Any, protect: Any = None) -> Any:
+        """Which tokens the base would read, without running it.
+
+        Args:
+            prompt: text, token ids (a list or a tensor), chat messages (a list of dicts), or a list of those.
+            protect: (start, end) token spans that must survive, end exclusive; for a list of prompts, one list (or
+                None) per prompt.
+
+        Returns:
+            A `PromptSelection`, or a list of them for a list of prompts.
+        """
+        if is_batch(prompt):
+            return [self._select(one, spans)[1] for one, spans in zip(prompt, _protect_each(protect, len(prompt)))]
+        return self._select(prompt, protect)[1]
+
+    def generate(
+        self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
+    ) -> Any:
+        """Answer one prompt, or each of a list.
+
+        Args:
+            prompt, protect: as in `select`.
+            max_new_tokens: at most this many tokens; EOS and the model's other stopping criteria end earlier.
+            do_sample: greedy when False.
+            options: whatever `model.generate` takes to choose tokens: temperature, top_p, repetition_penalty,
+                eos_token_id, stop_strings, logits_processor, ... Beams are not supported.
+
+        Returns:
+            A `GenerationResult`, or a list of them for a list of prompts.
+        """
+        if is_batch(prompt):
+            spans = _protect_each(protect, len(prompt))
+            return [
+                self.generate(one, max_new_tokens, protect=keep, do_sample=do_sample, **options)
+                for one, keep in zip(prompt, spans)
+            ]
+        run = _Generation(self, prompt, protect, max_new_tokens, do_sample, options)
+        for _ in run.tokens():
+            pass
+        return run.result()
+
+    def stream(
+        self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
+    ) -> "TokenStream":
+        """Answer one prompt piece by piece: an iterator of text, or of token ids when there is no tokenizer.
+
+        Nothing runs before the first `next`. A piece is yielded as soon as its characters are complete, so the first
+        one normally comes with the first token, before any decode step. `.result` has the `GenerationResult` at the
+        end.
+        """
+        if is_batch(prompt):
+            raise ValueError("prompt: expected one prompt to stream, got a list of prompts")
+        return TokenStream(_Generation(self, prompt, protect, max_new_tokens, do_sample, options), self.tokenizer)
+
+    def _select(
+        self, prompt: Any, protect: Sequence[Span] | None, clock: StageClock | None = None
+    ) -> tuple[Prompt, PromptSelection]:
+        clock = clock or StageClock(*self._devices)
+        with clock.stage("tokenize"):
+            read = read_prompt(prompt, self.tokenizer)
+        return read, self._selector.select(read, protect, clock)
+
+
+class _Generation:
+    """One prompt on its way to an answer."""
+
+    def __init__(
+        self,
+        owner: SpecPrefill,
+        prompt: Any,
+        protect: Sequence[Span] | None,
+        max_new_tokens: int,
+        do_sample: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
+        self._owner = owner
+        self._prompt = prompt
+        self._protect = protect
+        self._max_new_tokens = max_new_tokens
+        self._do_sample = do_sample
+        self._options = options
+        self._clock = StageClock(*owner._devices)
+        self._generated: list[int] = []
+        self._selection: PromptSelection | None = None
+
+    def tokens(self) -> Iterator[int]:
+        """Run, token by token. The caller's own time between two tokens is not counted."""
+        owner, clock = self._owner, self._clock
+        prompt, selection = owner._select(self._prompt, self._protect, clock)
+        self._selection = selection
+        base: Any = owner.base
+        with clock.stage("base_prefill"):
+            input_ids = prompt.input_ids.to(base.device)
+            plan = plan_decoding(
+                base,
+                input_ids,
+                max_new_tokens=self._max_new_tokens,
+                do_sample=self._do_sample,
+                tokenizer=owner.tokenizer,
+                **self._options,
+            )
+            sparse = selection.mode == "sparse"
+            run = BaseRun(base, input_ids.shape[1], sparse=sparse, room=self._max_new_tokens)
+            kept = selection.kept_indices
+            logits = run.prefill(input_ids[:, kept] if sparse else input_ids, kept)
+            tokens = decode(plan, input_ids, logits, run.step)
+            token = next(tokens)
+        while True:
+            self._generated.append(token)
+            yield token
+            with clock.stage("decode"):
+                following = next(tokens, None)
+            if following is None:
+                return
+            token = following
+
+    def result(self) -> GenerationResult:
+        selection = self._selection
+        if selection is None:
+            raise RuntimeError("the generation has not run yet")
+        tokenizer, seconds = self._owner.tokenizer, dict(self._clock.seconds)
+        text = "" if tokenizer is None else tokenizer.decode(self._generated, skip_special_tokens=True)
+        return GenerationResult(
+            text=text,
+            tokens=tuple(self._generated),
+            prompt_tokens=selection.prompt_tokens,
+            kept_tokens=selection.kept_tokens,
+            mode=selection.mode,
+            reason=selection.reason,
+            spans=selection.spans,
+            seconds=seconds,
+            ttft=sum(value for stage, value in seconds.items() if stage != "decode"),
+            backend=selection.backend,
+            selection=selection,
+        )
+
+
+class TokenStream(Iterator[Any]):
+    """Pieces of one answer as they come; see `SpecPrefill.stream`."""
+
+    def __init__(self, generation: _Generation, tokenizer: Any) -> None:
+        self._generation = generation
+        self._pieces = self._run(tokenizer)
+        self._finished = False
+
+    def _run(self, tokenizer: Any) -> Iterator[Any]:
+        if tokenizer is None:
+            yield from self._generation.tokens()
+        else:
+            pieces = PieceDecoder(tokenizer)
+            for token in self._generation.tokens():
+                piece = pieces.push(token)
+                if piece:
+                    yield piece
+            rest = pieces.flush()
+            if rest:
+                yield rest
+        self._finished = True
+
+    def __iter__(self) -> "TokenStream":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer. Raises RuntimeError while pieces are still to come."""
+        if not self._finished:
+            raise RuntimeError("result: expected the stream to be read to its end first")
+        return self._generation.result()
+
+
+def _problem(base: Any, scorer: Any) -> str | None:
+    problem = base_problem(base)
+    if problem is not None:
+        return f"unsupported base ({type(base).__name__}): {problem}"
+    problem = speculator_problem(scorer)
+    return None if problem is None else f"unsupported speculator ({type(scorer).__name__}): {problem}"
+
+
+def _layer_range(self_layers: int | tuple[int, int], count: int) -> tuple[int, int]:
+    span: Any = (0, self_layers - 1) if isinstance(self_layers, int) else self_layers
+    whole = isinstance(span, Sequence) and len(span) == 2 and all(type(layer) is int for layer in span)
+    if not whole or not 0 <= span[0] <= span[1] < count:
+        raise ValueError(f"self_layers: expected 0 <= first <= last < {count}, got {self_layers!r}")
+    return span[0], span[1]
+
+
+def _protect_each(protect: Any, count: int) -> list[Any]:
+    """One prompt's spans each. A flat list of spans would be ambiguous, so it is refused."""
+    if protect is None:
+        return [None] * count
+    spans = list(protect)
+    if len(spans) != count or any(one is not None and not _are_spans(one) for one in spans):
+        raise ValueError(
+            f"protect: expected a list of spans (or None) for each of the {count} prompts, got {protect!r}"
+        )
+    return spans
+
+
+def _are_spans(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(span, Sequence) and len(span) == 2 for span in value)
