@@ -34,7 +34,7 @@ STAMP = VENV / "setup.json"
 
 # The newest torch the kernels were tested with; any torch >= 2.6 works (see pyproject.toml).
 TORCH = "torch==2.13.0"
-EXTRAS = {"demo": "demo", "test": "test", "lint": "dev", "sanitize": "test", "setup": "demo,test", "python": "test"}
+EXTRAS = {"demo": "demo", "test": "test", "lint": "dev", "sanitize": "dev", "setup": "demo,test", "python": "test"}
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
     if job == "lint":
         return lint()
     if job == "sanitize":
-        return call(python, str(ROOT / "csrc" / "sanitize" / "run.py"), *args)
+        return call(python, str(ROOT / "csrc" / "check" / "sanitize.py"), *args)
     if job == "python":
         return call(python, *args)
     print(f"ready: {PYTHON}")
