@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: python3 run.py sanitize [cases]
+"""The CPU kernels under Address-, UndefinedBehavior- and ThreadSanitizer: python3 run.py sanitize [cases]
 
 Two things run: specprefill_check, random calls of the C interface, once per instruction set that this processor has;
 and the tests of the ops in python_tests, against a sanitized _C that stands in a copy of the package.
