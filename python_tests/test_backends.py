@@ -1,0 +1,84 @@
+"""Choosing a backend: by name, by default, automatically; never silently another one."""
+
+from __future__ import annotations
+
+import pytest
+from calls import CALLS
+from grid import REQUIRED
+
+import specprefill_kernels as spk
+
+OPS = [
+    "score_layer",
+    "score_layers",
+    "finalize_importance",
+    "select_chunks",
+    "gather_tokens",
+    "gather_kv",
+    "select_tokens",
+]
+
+
+def call(name: str, **changes):
+    return CALLS[name].function(**{**CALLS[name].arguments(), **changes})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_runs_or_says_why_not(op):
+    reasons = spk.available_backends(op)
+    assert set(REQUIRED) <= set(reasons)
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
+    assert spk.available_backends(op) == reasons
+
+
+def test_an_unknown_op_is_refused():
+    with pytest.raises(ValueError, match=r"op: expected one of .*, got 'score'"):
+        spk.available_backends("score")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_named_backend_that_cannot_run_raises_with_its_reason(name):
+    for backend, reason in spk.available_backends(CALLS[name].op).items():
+        if reason is not None:
+            with pytest.raises(spk.BackendUnavailable, match=backend):
+                call(name, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_backend_does_not_take_cpu_tensors(backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(spk.BackendUnavailable):
+        call("select", backend=backend)
+    assert issubclass(spk.BackendUnavailable, RuntimeError)
+
+
+def test_use_backend_decides_where_backend_is_left_out():
+    """A default that cannot run here raises; the context restores what was before, after an error too."""
+    missing = [name for name, reason in spk.available_backends("select_chunks").items() if reason is not None]
+    if not missing:
+        pytest.skip("every backend runs here")
+    with pytest.raises(spk.BackendUnavailable, match=missing[0]), spk.use_backend(missing[0]):
+        call("select")
+    call("select")
+
+
+def test_use_backend_as_a_setter():
+    spk.use_backend("reference")
+    try:
+        call("select")
+    finally:
+        spk.use_backend("auto")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", None])
+def test_use_backend_refuses_unknown_names(name):
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, got "):
+        spk.use_backend(name)
+
+
+def test_show_config_names_every_op_and_reason():
+    text = spk.show_config()
+    for op in OPS:
+        assert op.removesuffix("s") in text or op in text
+    for backend in spk.available_backends("score_layer"):
+        assert backend in text

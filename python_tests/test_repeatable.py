@@ -1,0 +1,132 @@
+"""Bit for bit: two runs, any number of threads, a batch and its sequences alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from grid import on_backends, same
+from layouts import LAYOUTS
+from scoring import BF16, E4M3, FP16, FP32, Case, Problem, draw
+
+import specprefill_kernels as spk
+
+SEQ_LENS = (700, 133, 1, 64)
+BATCH = Case(seq_lens=SEQ_LENS, rows=(5, 2, 1, 5), look_ahead=5, heads=(6, 2), spare=3)
+DTYPES = [(FP32, FP32), (FP16, FP16), (BF16, BF16), (BF16, E4M3), (FP32, BF16)]
+OPTIONS = [
+    {},
+    {"queries": "observation_window", "window": 50, "softcap": 5.0},
+    {"normalize_over": "visible", "pool_edge": "valid"},
+    {"pool_order": "after_max"},
+]
+
+
+def alone(problem: Problem, b: int) -> Problem:
+    """One sequence of a batch as a batch of its own."""
+    case = problem.case
+    length, rows = case.seq_lens[b], problem.rows[b]
+    return dataclasses.replace(
+        problem,
+        case=case.but(seq_lens=(length,), rows=(rows,)),
+        query=problem.query[b : b + 1],
+        keys=[problem.keys[b]],
+        state=problem.state[b : b + 1, :, :length].clone(),
+        rows=(rows,),
+        lse=None if problem.lse is None else problem.lse[b : b + 1],
+    )
+
+
+def batch_case(layout: str, dtypes, options: dict) -> Case:
+    if options.get("queries") == "observation_window":
+        return BATCH.but(layout=layout, dtypes=dtypes, options=options, rows=(5, 2, 1, 4))
+    return BATCH.but(layout=layout, dtypes=dtypes, options=options)
+
+
+@on_backends("score_layer")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_batch_equals_its_sequences_alone(backend, layout, dtypes, options):
+    problem = draw(batch_case(layout, dtypes, options))
+    together = problem.run(backend)
+    for b, length in enumerate(SEQ_LENS):
+        same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
+
+
+@on_backends("score_layer")
+@pytest.mark.parametrize("lse", [False, True], ids=["own lse", "given lse"])
+@pytest.mark.parametrize("one_row", [False, True], ids=["all rows", "one row"])
+def test_a_batch_equals_its_sequences_alone_with_lse_or_one_row(backend, lse, one_row):
+    problem = draw(BATCH.but(lse=lse, one_row=one_row))
+    together = problem.run(backend)
+    for b, length in enumerate(SEQ_LENS):
+        same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
+
+
+@on_backends("score_layer")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("one_row", [False, True], ids=["all rows", "one row"])
+def test_scores_do_not_depend_on_run_or_threads(backend, dtypes, options, one_row, threads):
+    problem = draw(batch_case("bhtd", dtypes, options).but(one_row=one_row))
+    runs = []
+    for count in (1, 2, 3, 1):
+        threads(count)
+        runs.append(problem.run(backend))
+    for again in runs[1:]:
+        same(again, runs[0])
+
+
+def tail_inputs(device: str):
+    random = torch.Generator().manual_seed(11)
+    state = torch.rand(3, 8, 9000, generator=random) ** 6
+    embeddings = torch.randn(3, 9000, 24, generator=random)
+    lengths = torch.tensor([9000, 4097, 31])
+    return tuple(x.to(device) for x in (state, embeddings, lengths))
+
+
+def tail(backend, rows=slice(None)):
+    """Everything after scoring, on some sequences of the batch."""
+    state, embeddings, lengths = (x[rows] for x in tail_inputs(backend.device))
+    return spk.select_tokens(
+        state, embeddings, lengths, keep_ratio=0.3, pool_kernel_size=13, sink=4, backend=backend.name
+    )
+
+
+@on_backends("select_tokens")
+def test_the_tail_does_not_depend_on_run_or_threads(backend, threads):
+    runs = []
+    for count in (1, 2, 3, 1):
+        threads(count)
+        runs.append(tail(backend))
+    for again in runs[1:]:
+        same(again.importance, runs[0].importance)
+        same(again.selection.indices, runs[0].selection.indices)
+        same(again.packed.values, runs[0].packed.values)
+        same(again.packed.position_ids, runs[0].packed.position_ids)
+
+
+@on_backends("select_tokens")
+def test_the_tail_of_a_batch_equals_its_sequences_alone(backend):
+    together = tail(backend)
+    starts = together.packed.cu_seqlens.tolist()
+    for b in range(3):
+        single = tail(backend, slice(b, b + 1))
+        same(together.importance[b : b + 1], single.importance)
+        same(together.selection.indices[b : b + 1], single.selection.indices)
+        count = int(single.selection.num_kept[0])
+        assert starts[b + 1] - starts[b] == count
+        same(together.packed.values[starts[b] : starts[b + 1]], single.packed.values[:count])
+
+
+@on_backends("score_layer")
+def test_callers_in_many_threads_do_not_disturb_each_other(backend):
+    problems = [draw(BATCH.but(seed=seed, dtypes=(BF16, BF16))) for seed in range(4)]
+    single = [problem.run(backend) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for left, right in zip(pool.map(lambda problem: problem.run(backend), problems), single, strict=True):
+                same(left, right)
