@@ -280,7 +280,7 @@ def _problem(base: Any, scorer: Any) -> str | None:
 
 
 def _layer_range(self_layers: int | tuple[int, int], count: int) -> tuple[int, int]:
-    span: Any = (0, self_layers - 1) if isinstance(self_layers, int) else self_layers
+    span: Any = (0, self_layers - 1) if type(self_layers) is int else self_layers
     whole = isinstance(span, Sequence) and len(span) == 2 and all(type(layer) is int for layer in span)
     if not whole or not 0 <= span[0] <= span[1] < count:
         raise ValueError(f"self_layers: expected 0 <= first <= last < {count}, got {self_layers!r}")

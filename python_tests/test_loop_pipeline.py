@@ -1,0 +1,363 @@
+"""SpecPrefill end to end on tiny models: equal to `generate` when all is kept, honest about what it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loop_models import FAMILIES, PROMPT, SLIDING, VOCAB, build, byte_tokenizer, logits_by_hand, prompt
+from transformers import BartConfig, BartForCausalLM, GPT2Config, GPT2LMHeadModel, LogitsProcessor, set_seed
+
+from specprefill_kernels import SpecPrefillConfig
+from specprefill_kernels.loop import SpecPrefill
+from specprefill_kernels.loop.decoding import decode, plan_decoding
+from specprefill_kernels.loop.prefill import BaseRun
+
+STAGES = {"tokenize", "speculator_prefill", "look_ahead", "score", "select", "base_prefill", "decode"}
+
+
+def config(**changes):
+    return SpecPrefillConfig(**{"keep_ratio": 0.4, "chunk_size": 16, "min_prompt_tokens": 0, **changes})
+
+
+def pipeline(family="llama", *, base=None, **changes):
+    keywords = {name: changes.pop(name) for name in ("tokenizer", "self_layers") if name in changes}
+    base = build(family, seed=7) if base is None else base
+    speculator = None if "self_layers" in keywords else build(family, seed=3)
+    return SpecPrefill(base, speculator, config(**changes), **keywords)
+
+
+def ordinary(model, ids, count, **options):
+    set_seed(0)
+    return model.generate(ids, max_new_tokens=count, **options)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_equals_generate(family):
+    sp, ids = pipeline(family, keep_ratio=1.0), prompt()
+    result = sp.generate(ids, max_new_tokens=24)
+    assert list(result.tokens) == ordinary(sp.base, ids, 24, do_sample=False)
+    assert len(set(result.tokens)) > 1
+    assert (result.mode, result.kept_tokens, result.spans) == ("dense", PROMPT, ((0, PROMPT),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sparse_path_with_every_token_equals_generate(family):
+    """The same code that runs with gaps, its own cache and masks included."""
+    model, ids = build(family, seed=7), prompt()
+    plan = plan_decoding(model, ids, max_new_tokens=24, do_sample=False)
+    run = BaseRun(model, PROMPT, sparse=True)
+    logits = run.prefill(ids, torch.arange(PROMPT))
+    assert list(decode(plan, ids, logits, run.step)) == ordinary(model, ids, 24, do_sample=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_a_sparse_answer_equals_the_kept_tokens_by_hand(family):
+    sp, ids = pipeline(family), prompt()
+    result = sp.generate(ids, max_new_tokens=5)
+    assert result.mode == "sparse"
+    assert 0 < result.kept_tokens < PROMPT
+    positions = result.selection.kept_indices
+    tokens, answer = ids[:, positions], []
+    for step in range(5):
+        answer.append(int(logits_by_hand(sp.base, tokens, positions)[-1].argmax()))
+        tokens = torch.cat([tokens, torch.tensor([answer[-1:]])], dim=1)
+        positions = torch.cat([positions, torch.tensor([PROMPT + step])])
+    assert list(result.tokens) == answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 4, "eos_token_id": 5},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": True, "top_p": 0.8},
+        {"bad_words_ids": [[4], [9]]},
+    ],
+    ids=lambda options: next(name for name in options if name != "do_sample"),
+)
+def test_generates_own_options_apply(options):
+    sp, ids = pipeline(keep_ratio=1.0), prompt()
+    expected = ordinary(sp.base, ids, 16, **options)
+    set_seed(0)
+    assert list(sp.generate(ids, 16, **options).tokens) == expected
+    plain = ordinary(sp.base, ids, 16, do_sample=False)
+    if "min_new_tokens" not in options and "bad_words_ids" not in options:
+        assert expected != plain  # the option really changes the answer
+
+
+def test_the_models_generation_config_applies():
+    base, ids = build("llama", seed=7), prompt()
+    base.generation_config.repetition_penalty = 2.0
+    plain = ordinary(base, ids, 16, do_sample=False, repetition_penalty=1.0)
+    expected = ordinary(base, ids, 16, do_sample=False)
+    assert expected != plain
+    assert list(pipeline(base=base, keep_ratio=1.0).generate(ids, 16).tokens) == expected
+
+
+def test_any_of_several_eos_ids_ends_the_answer():
+    base, ids = build("llama", seed=7), prompt()
+    free = ordinary(base, ids, 16, do_sample=False)
+    stop = next(i for i in range(2, 16) if free[i] not in free[:i])
+    base.generation_config.eos_token_id = [0, free[stop]]
+    result = pipeline(base=base, keep_ratio=1.0).generate(ids, 16)
+    assert list(result.tokens) == free[: stop + 1] == ordinary(base, ids, 16, do_sample=False)
+
+
+def test_processors_see_the_whole_prompt_even_where_tokens_were_dropped():
+    seen = []
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.clone())
+            return scores
+
+    sp, ids = pipeline(), prompt()
+    result = sp.generate(ids, 3, logits_processor=[Watch()])
+    assert result.mode == "sparse"
+    assert [s.shape[1] for s in seen] == [PROMPT, PROMPT + 1, PROMPT + 2]
+    assert torch.equal(seen[0], ids)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_beams_are_refused(options):
+    with pytest.raises(ValueError, match=r"^num_"):
+        pipeline().generate(prompt(), 4, **options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="temprature"):
+        pipeline().generate(prompt(), 4, temprature=0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_list_of_unequal_prompts_equals_its_prompts_alone(family):
+    sp = pipeline(family)
+    prompts = [prompt(length, seed=length)[0].tolist() for length in (PROMPT, 40, 97)]
+    together = sp.generate(prompts, 6)
+    assert [r.prompt_tokens for r in together] == [PROMPT, 40, 97]
+    for alone, result in zip([sp.generate(p, 6) for p in prompts], together):
+        assert (alone.tokens, alone.spans, alone.mode) == (result.tokens, result.spans, result.mode)
+        assert torch.equal(alone.selection.importance, result.selection.importance)
+    assert [s.spans for s in sp.select(prompts)] == [r.spans for r in together]
+
+
+def test_two_runs_are_the_same():
+    sp, ids = pipeline(), prompt()
+    first, second = sp.generate(ids, 6), sp.generate(ids, 6)
+    assert first.tokens == second.tokens
+    assert torch.equal(first.selection.importance, second.selection.importance)
+
+
+def test_selection_follows_the_importance():
+    sp, ids = pipeline(keep_ratio=0.3), prompt()
+    selection = sp.select(ids)
+    chunks = selection.importance.split(16)
+    best = sorted(range(len(chunks)), key=lambda c: -float(chunks[c].double().mean()))
+    budget = -(-len(chunks) * 3 // 10)
+    wanted = {len(chunks) - 1} | set([c for c in best if c != len(chunks) - 1][: budget - 1])
+    kept = {int(i) // 16 for i in selection.kept_indices}
+    assert kept == wanted
+    assert selection.kept_tokens == sum(len(chunks[c]) for c in wanted)
+
+
+@pytest.mark.parametrize("keep_tokens", [1, 16, 33])
+def test_the_last_prompt_token_is_always_kept(keep_tokens):
+    """The first answer token is read off it."""
+    base = build("llama", seed=7)
+    for seed in range(8):
+        sp = SpecPrefill(base, build("llama", seed=seed), config(keep_tokens=keep_tokens))
+        selection = sp.select(prompt(seed=seed))
+        assert int(selection.kept_indices[-1]) == PROMPT - 1
+        assert selection.kept_tokens <= max(16, keep_tokens + 15)
+
+
+def test_protected_spans_survive():
+    sp, ids = pipeline(keep_tokens=48), prompt()
+    free = sp.select(ids)
+    dropped = next(i for i in range(PROMPT) if i not in set(free.kept_indices.tolist()))
+    selection = sp.select(ids, protect=[(dropped, dropped + 1)])
+    assert dropped in selection.kept_indices.tolist()
+    assert selection.kept_tokens <= 48
+    assert not selection.overflow
+    everywhere = sp.select(ids, protect=[(0, PROMPT - 40)])
+    assert everywhere.overflow
+    assert set(range(PROMPT - 40)) <= set(everywhere.kept_indices.tolist())
+
+
+def test_protect_for_a_list_is_one_list_per_prompt():
+    sp, ids = pipeline(), prompt()[0].tolist()
+    first, second = sp.select([ids, ids], protect=[[(3, 5)], None])
+    assert {3, 4} <= set(first.kept_indices.tolist())
+    assert second.spans == sp.select(ids).spans
+    with pytest.raises(ValueError, match=r"^protect: "):
+        sp.select([ids, ids], protect=[(3, 5), (7, 9)])
+
+
+@pytest.mark.parametrize("span", [(5, 5), (-1, 3), (0, PROMPT + 1), (1, 2, 3)])
+def test_a_wrong_span_is_named(span):
+    with pytest.raises(ValueError, match=r"^protect\[1\]: "):
+        pipeline().select(prompt(), protect=[(0, 1), span])
+
+
+@pytest.mark.parametrize(
+    ("changes", "protect", "reason"),
+    [
+        ({"min_prompt_tokens": PROMPT + 1}, None, "prompt too short: 150 tokens, min_prompt_tokens is 151"),
+        ({"keep_tokens": 1000}, None, "the budget keeps everything: keep_tokens=1000"),
+        ({}, [(0, PROMPT)], "every token is protected"),
+        ({"keep_mass": 1.0}, None, "the selection kept every token"),
+    ],
+)
+def test_dense_says_why(changes, protect, reason):
+    sp, ids = pipeline(**changes), prompt()
+    result = sp.generate(ids, 4, protect=protect)
+    assert result.mode == "dense"
+    assert result.reason.startswith(reason)
+    assert list(result.tokens) == ordinary(sp.base, ids, 4, do_sample=False)
+
+
+def test_a_short_prompt_does_not_run_the_speculator():
+    result = pipeline(min_prompt_tokens=1000).generate(prompt(), 2)
+    assert set(result.seconds) == {"tokenize", "base_prefill", "decode"}
+    assert (result.backend, result.selection.importance) == ("none", None)
+
+
+def test_no_layer_left_runs_dense():
+    result = pipeline("mistral", window="skip").generate(prompt(), 2)
+    assert result.mode == "dense"
+    assert "sliding window" in result.reason
+
+
+def test_a_base_that_counts_slots_runs_dense(caplog):
+    base = build("llama", seed=7)
+    base.config.alibi = True
+    sp = SpecPrefill(base, build("llama", seed=3), config())
+    assert "unsupported base" in caplog.text
+    result = sp.generate(prompt(), 4)
+    assert (result.mode, result.reason[:16]) == ("dense", "unsupported base")
+    assert list(result.tokens) == ordinary(base, prompt(), 4, do_sample=False)
+
+
+def test_learned_positions_work_too():
+    """GPT-2 has no RoPE; its positions are embeddings, and gaps are as good there."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": None, "bos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=512, initializer_range=0.3)).eval()
+    model.generation_config.pad_token_id = 0
+    sp, ids = SpecPrefill(model, model, config()), prompt()
+    result = sp.generate(ids, 4)
+    assert result.mode == "sparse"
+    kept = result.selection.kept_indices
+    assert int(logits_by_hand(model, ids[:, kept], kept)[-1].argmax()) == result.tokens[0]
+
+
+def test_every_result_says_what_ran():
+    result = pipeline().generate(prompt(), 4)
+    assert set(result.seconds) == STAGES
+    assert result.ttft == pytest.approx(sum(v for k, v in result.seconds.items() if k != "decode"))
+    assert min(result.seconds.values()) >= 0
+    assert result.backend in ("reference", "cpu")
+    assert result.prompt_tokens == PROMPT
+    assert result.kept_tokens == sum(end - start for start, end in result.spans)
+    assert result.reason == f"kept {result.kept_tokens} of {PROMPT} tokens"
+    selection = result.selection
+    assert selection.importance.shape == (PROMPT,)
+    assert selection.num_look_ahead == 8
+    assert selection.scored_layers == (0, 1, 2, 3)
+    assert torch.equal(selection.input_ids, prompt()[0])
+
+
+def test_a_named_backend_is_the_one_that_runs():
+    assert pipeline(backend="reference").generate(prompt(), 2).backend == "reference"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_self_layers_need_no_second_model(family):
+    sp = pipeline(family, self_layers=(1, 2))
+    calls = []
+    for index, layer in enumerate(sp.base.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    selection = sp.select(prompt())
+    assert calls == [0, 1, 2]
+    assert selection.scored_layers == (1, 2)
+    assert "look_ahead" not in selection.seconds
+    del calls[:]
+    result = sp.generate(prompt(), 2)
+    assert result.mode == "sparse"
+    assert calls == [0, 1, 2] + [0, 1, 2, 3] * 2
+    assert pipeline(family, self_layers=3).select(prompt()).scored_layers == (0, 1, 2)
+
+
+@pytest.mark.parametrize("self_layers", [(2, 1), (0, 4), (-1, 2), 0, 5, (1,), "12", True])
+def test_wrong_self_layers_are_refused(self_layers):
+    with pytest.raises(ValueError, match=r"^self_layers: "):
+        pipeline(self_layers=self_layers)
+
+
+def test_a_missing_speculator_is_an_error():
+    base = build("llama")
+    with pytest.raises(ValueError, match="got neither"):
+        SpecPrefill(base)
+    with pytest.raises(ValueError, match="got both"):
+        SpecPrefill(base, base, self_layers=2)
+    with pytest.raises(TypeError, match=r"^config: "):
+        SpecPrefill(base, base, {"keep_ratio": 0.2})
+
+
+def test_a_speculator_with_too_small_a_vocabulary_is_named():
+    sp = SpecPrefill(build("llama"), build("llama", vocab_size=100), config())
+    with pytest.raises(ValueError, match=r"^speculator: expected a vocabulary"):
+        sp.select(prompt())
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.5, True])
+def test_max_new_tokens_is_checked(max_new_tokens):
+    with pytest.raises(ValueError, match=r"^max_new_tokens: "):
+        pipeline().generate(prompt(), max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ([], "prompt: expected at least one token"),
+        (torch.zeros(2, 5, dtype=torch.int64), "prompt: expected ids"),
+        (torch.zeros(5), "prompt: expected integer ids"),
+        ("text", "tokenizer: expected one"),
+        ([{"role": "user", "content": "x"}], "tokenizer: expected one"),
+    ],
+    ids=["empty", "rows", "floats", "text", "messages"],
+)
+def test_wrong_prompts_are_named(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        pipeline().select(wrong)
+
+
+def test_forms_of_one_prompt_agree():
+    tokenizer = byte_tokenizer()
+    sp = pipeline(tokenizer=tokenizer)
+    text = "the quick brown fox jumps over the lazy dog, " * 3
+    ids = tokenizer(text)["input_ids"]
+    spans = {sp.select(form).spans for form in (text, ids, torch.tensor(ids), torch.tensor([ids]))}
+    assert len(spans) == 1
+    messages = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat = sp.select(messages)
+    assert tokenizer.decode(chat.input_ids) == rendered
+    assert chat.prompt_tokens < len(rendered)  # role markers are single tokens
+    assert [s.prompt_tokens for s in sp.select([text, messages])] == [len(ids), chat.prompt_tokens]
+
+
+def test_encoder_decoders_are_refused():
+    sizes = {"vocab_size": 50, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    model = BartForCausalLM(BartConfig(**sizes))
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match=r"^base: expected a decoder-only model"):
+        SpecPrefill(model, model)
+
+
+def test_windows_bind_in_these_models():
+    """The sliding families of these tests really have windows shorter than their prompts."""
+    for family in SLIDING:
+        assert build(family).config.sliding_window < PROMPT // 2
