@@ -97,9 +97,12 @@ def per_sequence(name: str, x: object, batch: int, device: torch.device) -> None
 
 def writable(name: str, x: Tensor) -> None:
     """An output whose elements share memory would be written twice."""
-    for size, stride in zip(x.shape, x.stride()):
-        if size > 1 and stride == 0:
-            fail(name, "a tensor whose elements do not share memory", f"strides {tuple(x.stride())}")
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1:
+            if stride <= reach:
+                fail(name, "a tensor whose elements do not share memory", f"strides {tuple(x.stride())}")
+            reach += (size - 1) * stride
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -109,7 +112,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 def disjoint(name: str, out: Tensor, other_name: str, other: Tensor) -> None:
     """`out` may not touch the memory between another tensor's first and last element."""
-    if out.numel() == 0 or other.numel() == 0 or out.device != other.device:
+    if out.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return
     (low, high), (other_low, other_high) = _extent(out), _extent(other)
     if low < other_high and other_low < high:
@@ -165,11 +168,9 @@ def block_table_values(
             seen.add(block)
 
 
-def finite_values(name: str, x: Tensor, lengths: Sequence[int]) -> None:
-    """x [B, ..., T]: what lies within each sequence's length holds neither NaN nor Inf."""
-    for b, length in enumerate(lengths):
-        bad = ~torch.isfinite(x[b, ..., :length])
-        if bool(bad.any()):
-            at = tuple(int(i) for i in bad.nonzero()[0])
-            value = float(x[b, ..., :length][at])
-            fail(f"{name}[{', '.join(map(str, (b, *at)))}]", "a finite value", value)
+def finite_values(name: str, x: Tensor, b: int) -> None:
+    """x, the valid part of sequence b, holds neither NaN nor Inf."""
+    bad = ~torch.isfinite(x)
+    if bool(bad.any()):
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        fail(f"{name}[{', '.join(map(str, (b, *at)))}]", "a finite value", float(x[at]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _backends
+from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, token_axis
 from specprefill_kernels.ops.select.budget import Budget
 
@@ -37,9 +37,16 @@ SCHEMAS = (
 _library = torch.library.Library("specprefill", "DEF")
 
 
+_INT32 = torch.iinfo(torch.int32)
+
+
 def _int32(x: Tensor | None) -> Tensor | None:
     """Lengths and tables as the kernels read them: int32 and contiguous. They are small; nothing else is copied."""
-    return None if x is None else x.to(torch.int32).contiguous()
+    if x is None:
+        return None
+    if x.dtype != torch.int32:
+        x = x.clamp(_INT32.min, _INT32.max)  # what does not fit must stay out of range, not wrap into it
+    return x.to(torch.int32).contiguous()
 
 
 def _score_layers_(
@@ -68,6 +75,9 @@ def _score_layers_(
         layout, queries_kind, normalize_over, scale, softcap, pool_kernel_size, pool_edge, pool_order
     )
     sequences = Sequences(_int32(seq_lens), _int32(cu_seqlens), _int32(block_table), _int32(num_look_ahead))
+    for i, (query, key) in enumerate(zip(queries, keys)):
+        _checks.disjoint("state", state, f"query of layer {i}", query)
+        _checks.disjoint("state", state, f"key of layer {i}", key)
     run = _backends.implementation("score_layers", "score_layers_", backend, state.device.type)
     run(state, queries, keys, sequences, window, lse, key_scale, workspace, options)
 
@@ -148,6 +158,10 @@ def _gather_kv_out_(
     out_block_table: Tensor | None,
     backend: str,
 ) -> None:
+    for i, out in enumerate((out_key, out_value)):
+        _checks.disjoint(f"out[{i}]", out, "key_cache", key_cache)
+        _checks.disjoint(f"out[{i}]", out, "value_cache", value_cache)
+    _checks.disjoint("out[1]", out_value, "out[0]", out_key)
     run = _backends.implementation("gather_kv", "gather_kv", backend, key_cache.device.type)
     tables = (_int32(block_table), _int32(cu_seqlens), _int32(out_block_table))
     run((key_cache, value_cache), (out_key, out_value), indices, num_kept, layout, *tables)
@@ -236,6 +250,6 @@ for _schema in SCHEMAS:
     _run, _fake = _OPS[_name]
     _library.define(_schema)
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _run, _key)
+        _library.impl(_name, torch.no_grad()(_run), _key)
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"specprefill::{_name}", _fake, lib=_library)

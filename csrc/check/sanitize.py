@@ -70,7 +70,7 @@ def check_interface(sanitizers: str, cases: str, callers: str) -> bool:
         command = ["setarch", platform.machine(), "-R", *command]
     instruction_sets = INSTRUCTION_SETS if platform.machine() == "x86_64" else ("generic",)
     results = [
-        run(f"{sanitizers}, C interface, {name} or less", command, BUILD, environment(leaks=True, SPECPREFILL_ISA=name))
+        run(f"{sanitizers}, C interface, {name} or less", command, BUILD, environment(leaks=True, SPECPREFILL_INSTRUCTION_SET=name))
         for name in instruction_sets
     ]
     return all(results)

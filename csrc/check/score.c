@@ -12,6 +12,7 @@ typedef struct {
   int32_t *seq_lens, *cu_seqlens, *block_table, *num_look_ahead;
   float* lse[2];
   float* key_scale[2];
+  double *query_values[2], *key_values[2]; /* every item of the buffers, decoded once */
 } score_case;
 
 /* Keys a sequence's buffer holds: its prompt and, for "visible", the look-ahead tokens. */
@@ -38,8 +39,8 @@ static double logit(const score_case* c, int which, int64_t b, int64_t n, int64_
   const int64_t key = key_offset(c, layer, b, kv_head, t);
   double dot = 0;
   for (int64_t d = 0; d < layer->head_dim; ++d) {
-    dot += read_item(layer->query, layer->query_dtype, query + d * layer->query_stride_dim) *
-           read_item(layer->key, layer->key_dtype, key + d * layer->key_stride_dim);
+    dot += c->query_values[which][query + d * layer->query_stride_dim] *
+           c->key_values[which][key + d * layer->key_stride_dim];
   }
   if (layer->key_scale != NULL) dot *= layer->key_scale[kv_head * layer->key_scale_stride];
   dot *= layer->scale;
@@ -108,6 +109,16 @@ static void random_sequences(random_source* source, score_case* c) {
   args->cu_seqlens = args->layout == SPECPREFILL_PACKED ? c->cu_seqlens : NULL;
 }
 
+static void* random_items(random_source* source, int32_t dtype, int64_t count, double** values) {
+  void* items = exact(count * item_size(dtype));
+  *values = exact(count * (int64_t)sizeof(double));
+  for (int64_t i = 0; i < count; ++i) {
+    write_random(source, items, dtype, i);
+    (*values)[i] = read_item(items, dtype, i);
+  }
+  return items;
+}
+
 static void random_layer(random_source* source, score_case* c, int which, int64_t block_size, int64_t num_blocks) {
   static const int64_t head_dims[] = {64, 80, 96, 128, 192, 256};
   const specprefill_score* args = &c->args;
@@ -124,9 +135,7 @@ static void random_layer(random_source* source, score_case* c, int which, int64_
   layer->query_stride_row = layer->query_stride_head * layer->num_q_heads;
   layer->query_stride_batch = layer->query_stride_row * args->look_ahead;
   const int64_t query_items = layer->query_stride_batch * args->batch - (layer->query_stride_dim - 1);
-  void* query = exact(query_items * item_size(layer->query_dtype));
-  for (int64_t i = 0; i < query_items; ++i) write_random(source, query, layer->query_dtype, i);
-  layer->query = query;
+  layer->query = random_items(source, layer->query_dtype, query_items, &c->query_values[which]);
 
   layer->key_dtype = (int32_t)random_int(source, 0, 4);
   layer->key_rows = args->layout == SPECPREFILL_DENSE ? args->batch : 1;
@@ -143,9 +152,7 @@ static void random_layer(random_source* source, score_case* c, int which, int64_
   layer->key_stride_head = tokens_first ? item : item * layer->key_tokens;
   layer->key_stride_row = item * layer->num_kv_heads * layer->key_tokens;
   const int64_t key_items = layer->key_stride_row * layer->key_rows - (layer->key_stride_dim - 1);
-  void* key = exact(key_items * item_size(layer->key_dtype));
-  for (int64_t i = 0; i < key_items; ++i) write_random(source, key, layer->key_dtype, i);
-  layer->key = key;
+  layer->key = random_items(source, layer->key_dtype, key_items, &c->key_values[which]);
   if (random_once_in(source, 3)) {
     layer->key_scale_stride = random_int(source, 0, 1);
     const int64_t scales = layer->key_scale_stride ? layer->num_kv_heads : 1;
@@ -219,6 +226,8 @@ int check_score(random_source* source) {
   for (int which = 0; which < c.num_layers; ++which) {
     free((void*)c.layers[which].query);
     free((void*)c.layers[which].key);
+    free(c.query_values[which]);
+    free(c.key_values[which]);
     free(c.lse[which]);
     free(c.key_scale[which]);
   }

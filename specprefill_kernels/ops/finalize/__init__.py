@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _checks
+from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.score.options import POOL_EDGES
 
 __all__ = ["finalize_importance"]
@@ -43,6 +43,7 @@ def finalize_importance(
         ValueError: an argument is wrong; on CPU tensors also NaN or Inf among the valid entries of `state`.
         BackendUnavailable: a backend asked for by name cannot run.
     """
+    _backends.check_name(backend)
     check_finalize(state, seq_lens, num_look_ahead, reduce, pool_kernel_size, pool_edge)
     importance: Tensor = torch.ops.specprefill.finalize_importance(
         state, seq_lens, num_look_ahead, reduce, pool_kernel_size or 1, pool_edge, backend

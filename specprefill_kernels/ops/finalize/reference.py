@@ -23,7 +23,7 @@ def finalize_importance(
     for b, (length, n) in enumerate(zip(lengths, rows)):
         valid = state[b, :n, :length]
         if state.device.type == "cpu":
-            _checks.finite_values("state", state[b : b + 1, :n], [length])
+            _checks.finite_values("state", valid, b)
         if pool_kernel_size > 1:
             valid = pool(valid, pool_kernel_size, pool_edge)
         if reduce == "max":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _checks
+from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.score.options import KEY_SHAPES, LAYOUTS, token_axis
 from specprefill_kernels.ops.select import Selection
 
@@ -61,8 +61,10 @@ def gather_tokens(
         ValueError: an argument is wrong; on CPU tensors also a selected position beyond x.
         BackendUnavailable: a backend asked for by name cannot run.
     """
-    check_gather_tokens(x, selection.indices.shape[0], selection.indices.device, token_dim, cu_seqlens)
+    _backends.check_name(backend)
+    _checks.tensor("x", x)
     _check_selection(selection, x.device)
+    check_gather_tokens(x, selection.indices.shape[0], x.device, token_dim, cu_seqlens)
     values, position_ids, offsets = torch.ops.specprefill.gather_tokens(
         x, selection.indices, selection.num_kept, cu_seqlens, token_dim, backend
     )
@@ -98,14 +100,17 @@ def gather_kv(
 
     Returns:
         (keys, values) in the same layout with K token slots: [B, Hkv, K, D], [B, K, Hkv, D], packed [B * K, Hkv, D]
-        with the sequences one behind the other, or paged [B * ceil(K / block_size), ...] where sequence b owns the blocks
-        from b * ceil(K / block_size) on; or `out`.
+        with the sequences one behind the other, or paged [B * ceil(K / block_size), ...] where sequence b owns blocks
+        b * ceil(K / block_size) and following; or `out`.
 
     Raises:
         ValueError: an argument is wrong; on CPU tensors also a position or block id beyond the cache.
         BackendUnavailable: a backend asked for by name cannot run.
     """
+    _backends.check_name(backend)
     _checks.choice("layout", layout, LAYOUTS)
+    _checks.tensor("key_cache", key_cache)
+    _check_selection(selection, key_cache.device)
     batch, width = selection.indices.shape
     _check_cache("key_cache", key_cache, layout, batch)
     _check_cache("value_cache", value_cache, layout, batch)
@@ -115,7 +120,6 @@ def gather_kv(
         _checks.fail(
             "value_cache", f"key_cache's shape {_checks.shape(key_cache)} but for D", _checks.shape(value_cache)
         )
-    _check_selection(selection, key_cache.device)
     _check_tables(layout, batch, key_cache.device, block_table, cu_seqlens)
     if out is None:
         if out_block_table is not None:
@@ -155,7 +159,8 @@ def check_gather_tokens(x: Tensor, batch: int, device: torch.device, token_dim: 
 
 
 def _check_selection(selection: Selection, device: torch.device) -> None:
-    batch = selection.indices.shape[0] if isinstance(selection.indices, Tensor) else None
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection: expected a Selection, got {type(selection).__name__}")
     _checks.tensor("selection.indices", selection.indices, ndim=2, dtypes=(torch.int32,), device=device, what="[B, K]")
     _checks.tensor(
         "selection.num_kept",
@@ -163,7 +168,7 @@ def _check_selection(selection: Selection, device: torch.device) -> None:
         ndim=1,
         dtypes=(torch.int32,),
         device=device,
-        sizes=(batch,),
+        sizes=selection.indices.shape[:1],
         what="[B]",
     )
     if selection.indices.numel() == 0:
@@ -229,9 +234,6 @@ def _check_out(
             what=KEY_SHAPES[layout],
         )
         _checks.writable(name, target)
-        for other_name, other in (("key_cache", caches[0]), ("value_cache", caches[1])):
-            _checks.disjoint(name, target, other_name, other)
-    _checks.disjoint("out[1]", out[1], "out[0]", out[0])
     if paged and out[0].shape[:2] + out[0].shape[2:3] != out[1].shape[:2] + out[1].shape[2:3]:
         _checks.fail("out[1]", f"out[0]'s shape {_checks.shape(out[0])} but for D", _checks.shape(out[1]))
     if paged != (out_block_table is not None):

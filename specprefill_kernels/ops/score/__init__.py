@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _checks
+from specprefill_kernels import _backends, _checks, _native
 from specprefill_kernels.ops.score.options import (
     KEY_SHAPES,
     LAYOUTS,
@@ -30,25 +30,35 @@ def new_state(batch: int, look_ahead: int, max_len: int, device: torch.device | 
     return torch.zeros(batch, look_ahead, max_len, dtype=torch.float32, device=device)
 
 
-def score_workspace_size(batch: int, look_ahead: int, num_q_heads: int, num_kv_heads: int, max_len: int) -> int:
-    """Bytes of scratch memory with which `score_layer_` allocates nothing on the CPU backend.
+def score_workspace_size(
+    look_ahead: int, num_q_heads: int, num_kv_heads: int, head_dim: int, max_len: int, *, pool_kernel_size: int = 13
+) -> int:
+    """Bytes of `workspace` that the CPU backend of `score_layer_` needs, at torch's present number of threads.
 
-    Enough for any layer of these sizes: one fp32 row per look-ahead row and query head of ONE KV head, for one
-    sequence at a time, and a small tile per thread.
+    It holds one fp32 row of weights per look-ahead row and query head of ONE KV head, for one sequence at a time, and a
+    small tile per thread; with more than this the backend scores several heads between two meetings of its threads. For
+    several layers take the largest size of each argument.
     """
-    from specprefill_kernels.ops.score import cpu
-
-    for name, value in (
-        ("batch", batch),
-        ("look_ahead", look_ahead),
-        ("num_q_heads", num_q_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("max_len", max_len),
-    ):
+    sizes = {
+        "look_ahead": look_ahead,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_len": max_len,
+    }
+    for name, value in sizes.items():
         _checks.integer(name, value, 1)
+    _checks.odd("pool_kernel_size", pool_kernel_size)
     if num_q_heads % num_kv_heads:
         _checks.fail("num_q_heads", f"a multiple of num_kv_heads ({num_kv_heads})", num_q_heads)
-    return cpu.workspace_size(look_ahead, num_q_heads // num_kv_heads, max_len)
+    reason = _native.unavailable()
+    if reason:
+        raise _backends.BackendUnavailable(f"score_workspace_size: {reason}")
+    group = num_q_heads // num_kv_heads
+    size: int = _native.module().score_workspace_size(
+        look_ahead, group, head_dim, max_len, pool_kernel_size, _native.threads()
+    )
+    return size
 
 
 def score_layer_(
@@ -185,6 +195,7 @@ def score_layers_(
 
     All else, and what is raised, as in `score_layer_`.
     """
+    _backends.check_name(backend)
     _check_options(layout, queries, normalize_over, scale, softcap, pool_kernel_size, pool_edge, pool_order)
     _check_state(state)
     for name, value in (("queries_per_layer", queries_per_layer), ("keys_per_layer", keys_per_layer)):

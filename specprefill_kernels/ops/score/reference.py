@@ -53,6 +53,9 @@ def _score_layer_(
     bounds = sequence_bounds(batch, state.shape[2], options.layout, key, sequences, extra)
     for b, (start, length, readable) in enumerate(bounds):
         n = rows[b]
+        if options.queries == "observation_window" and n > length:
+            expected = f"at most the prompt's {length} tokens, as an observation window"
+            _checks.fail(f"num_look_ahead[{b}]", expected, n)
         k = sequence_keys(key, b, start, readable, options.layout, sequences.block_table).float()  # [Hkv, t, D]
         if key_scale is not None:
             k = k * key_scale.reshape(-1, 1, 1)
@@ -60,13 +63,14 @@ def _score_layer_(
         s = torch.einsum("nhgd,htd->hgnt", q, k) * scale
         if options.softcap is not None:
             s = options.softcap * torch.tanh(s / options.softcap)
-        s = s.masked_fill(~visible(n, length, readable, window, options, s.device), -torch.inf)
+        seen = visible(n, length, readable, window, options, s.device)
+        s = s.masked_fill(~seen, -torch.inf)
         if lse is None:
             norm = s.logsumexp(-1, keepdim=True).masked_fill(s.amax(-1, keepdim=True) == -torch.inf, 0.0)
         else:
             norm = lse[b, :n].float().unflatten(1, (k.shape[0], -1)).permute(1, 2, 0)[..., None]
-        weights = torch.exp(s - norm)[..., :length]  # [Hkv, G, n, length]
-        if state.device.type == "cpu" and not bool(torch.isfinite(weights).all()):
+        weights = torch.exp(s - norm).masked_fill(~seen, 0.0)[..., :length]  # [Hkv, G, n, length]
+        if state.device.type == "cpu" and not bool((torch.isfinite(weights) & (norm < torch.inf)).all()):
             _checks.fail(f"query, key or lse of sequence {b}", "finite attention weights", "NaN or Inf")
         if options.pool_order == "before_max":
             weights = pool(weights, options.pool_kernel_size, options.pool_edge)

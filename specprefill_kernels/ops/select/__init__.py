@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _checks
+from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.select.budget import Budget
 
 __all__ = ["Selection", "select_chunks"]
@@ -89,6 +89,7 @@ def select_chunks(
         ValueError: an argument is wrong; the message names it, what was expected and what came.
         BackendUnavailable: a backend asked for by name cannot run.
     """
+    _backends.check_name(backend)
     check_importance(importance, seq_lens)
     budget = check_budget(keep_ratio, keep_tokens, keep_mass, chunk_size, rounding, sink, tail)
     check_protect(protect, importance.shape[0], importance.shape[1], importance.device)

@@ -1,13 +1,14 @@
 """How many chunks a budget is worth, in one place, so that every backend and every shape agrees.
 
-A ratio is read as the decimal that the user wrote: 0.7 of 10 chunks is 7, although 0.7 * 10 is 7.000000000000001 in
-binary. So a product within `ROUNDING_SLACK * max(1, n)` of an integer counts as that integer.
+A ratio is read as the number that the user meant: 0.7 of 10 chunks is 7, although 0.7 * 10 is 7.000000000000001 in
+binary, and 2/3 of 3 is 2. So a product within n * 1e-9 of an integer counts as that integer. The arithmetic is that of
+integers: the same in every language, and symbolic under torch.compile.
 """
 
-import math
 from dataclasses import dataclass
 
-ROUNDING_SLACK = 1e-9
+RATIO_UNITS = 10**12  # a ratio is a whole number of these
+RATIO_SLACK = 10**3  # per chunk: 1e-9
 # keep_mass stops as soon as the kept mass is this close to the wanted fraction, relative to the whole
 MASS_SLACK = 1e-9
 
@@ -27,7 +28,7 @@ class Budget:
     def chunks(self, num_chunks: int) -> int:
         """Chunks to keep of `num_chunks`, at least 1; all of them for keep_mass, whose count follows the content."""
         if self.keep_ratio is not None:
-            wanted = round_budget(self.keep_ratio * num_chunks, num_chunks, self.rounding)
+            wanted = ratio_chunks(self.keep_ratio, num_chunks, self.rounding)
         elif self.keep_tokens is not None:
             up = self.rounding == "ceil"
             wanted = (
@@ -48,8 +49,9 @@ class Budget:
         return min(max_len, max(self.chunks(num_chunks), forced) * self.chunk_size)
 
 
-def round_budget(product: float, num_chunks: int, rounding: str) -> int:
-    nearest = round(product)
-    if abs(product - nearest) <= ROUNDING_SLACK * max(1, num_chunks):
-        return int(nearest)
-    return math.ceil(product) if rounding == "ceil" else math.floor(product)
+def ratio_chunks(keep_ratio: float, num_chunks: int, rounding: str) -> int:
+    """keep_ratio * num_chunks, rounded to whole chunks."""
+    product, slack = round(keep_ratio * RATIO_UNITS) * num_chunks, RATIO_SLACK * num_chunks
+    if rounding == "ceil":
+        return (product - slack + RATIO_UNITS - 1) // RATIO_UNITS
+    return (product + slack) // RATIO_UNITS

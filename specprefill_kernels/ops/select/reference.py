@@ -14,7 +14,8 @@ def select_chunks(
     device = importance.device
     lengths = _checks.length_values(seq_lens, capacity, batch)
     if device.type == "cpu":
-        _checks.finite_values("importance", importance, lengths)
+        for b, length in enumerate(lengths):
+            _checks.finite_values("importance", importance[b, :length], b)
         if budget.keep_mass is not None:
             _non_negative(importance, lengths)
     width = budget.width(capacity, protect is not None)

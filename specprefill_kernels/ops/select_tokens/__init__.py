@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specprefill_kernels import _backends
 from specprefill_kernels.ops.finalize import check_finalize
 from specprefill_kernels.ops.gather import Packed, check_gather_tokens
 from specprefill_kernels.ops.select import Selection, check_budget, check_protect
@@ -54,6 +55,7 @@ def select_tokens(
 
     The other arguments and what is raised are those of the three ops.
     """
+    _backends.check_name(backend)
     check_finalize(state, seq_lens, num_look_ahead, reduce, pool_kernel_size, pool_edge)
     budget = check_budget(keep_ratio, keep_tokens, keep_mass, chunk_size, rounding, sink, tail)
     check_protect(protect, state.shape[0], state.shape[2], state.device)

@@ -1,4 +1,4 @@
-"""The composite on the CPU: three calls share one room of cached data, and a launch costs nothing there."""
+"""The composite on the compiled CPU kernels: the three ops one after the other, as a launch costs nothing there."""
 
 from torch import Tensor
 
@@ -7,6 +7,8 @@ from specprefill_kernels.ops.finalize.cpu import finalize_importance
 from specprefill_kernels.ops.gather.cpu import gather_tokens
 from specprefill_kernels.ops.select.budget import Budget
 from specprefill_kernels.ops.select.cpu import select_chunks
+
+unavailable = _native.unavailable
 
 
 def select_tokens(
@@ -24,7 +26,3 @@ def select_tokens(
     importance = finalize_importance(state, seq_lens, num_look_ahead, reduce, pool_kernel_size, pool_edge)
     indices, num_kept, overflow = select_chunks(importance, seq_lens, protect, budget)
     return importance, indices, num_kept, overflow, *gather_tokens(x, indices, num_kept, None, token_dim)
-
-
-def unavailable() -> str | None:
-    return _native.unavailable()

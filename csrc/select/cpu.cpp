@@ -1,0 +1,220 @@
+// Chunk selection. Bytes: T fp32 in, the kept positions out; ranking is a selection in linear time, not a sort.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/sequences.h"
+#include "common/status.h"
+
+namespace specprefill {
+namespace {
+
+// As in ops/select/budget.py: a ratio is a whole number of units, a product within the slack (1e-9 per chunk) of an
+// integer counts as that integer ...
+constexpr int64_t kRatioUnits = 1000000000000, kRatioSlack = 1000;
+// ... and a mass this close to the wanted fraction is enough.
+constexpr double kMassSlack = 1e-9;
+
+constexpr int64_t kBlock = 512;  // chunks that a thread reads at a time
+
+long long ll(int64_t x) { return static_cast<long long>(x); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+int64_t ratio_chunks(double ratio, int64_t chunks, int32_t rounding) {
+  const __int128 product = static_cast<__int128>(std::nearbyint(ratio * kRatioUnits)) * chunks;
+  const __int128 slack = static_cast<__int128>(kRatioSlack) * chunks;
+  if (rounding == SPECPREFILL_CEIL) return static_cast<int64_t>((product - slack + kRatioUnits - 1) / kRatioUnits);
+  return static_cast<int64_t>((product + slack) / kRatioUnits);
+}
+
+int64_t budget_chunks(const specprefill_select& args, int64_t chunks) {
+  int64_t wanted = chunks;
+  if (args.budget == SPECPREFILL_KEEP_RATIO) {
+    wanted = ratio_chunks(args.keep, chunks, args.rounding);
+  } else if (args.budget == SPECPREFILL_KEEP_TOKENS) {
+    const int64_t tokens = static_cast<int64_t>(args.keep);
+    wanted = args.rounding == SPECPREFILL_CEIL ? ceil_div(tokens, args.chunk_size) : tokens / args.chunk_size;
+  }
+  return std::min(std::max<int64_t>(wanted, 1), chunks);
+}
+
+int check(const specprefill_select& args) {
+  SPECPREFILL_REQUIRE(args.batch >= 1 && args.max_len >= 1,
+                      "importance: expected no empty dimension [B, T], got [%lld, %lld]", ll(args.batch),
+                      ll(args.max_len));
+  SPECPREFILL_REQUIRE(args.importance && args.indices && args.num_kept && args.overflow,
+                      "importance, indices, num_kept and overflow: expected memory, got a null pointer");
+  SPECPREFILL_REQUIRE(args.chunk_size >= 1, "chunk_size: expected at least 1, got %lld", ll(args.chunk_size));
+  SPECPREFILL_REQUIRE(args.sink >= 0 && args.tail >= 0, "sink and tail: expected at least 0, got %lld and %lld",
+                      ll(args.sink), ll(args.tail));
+  SPECPREFILL_REQUIRE(args.budget >= SPECPREFILL_KEEP_RATIO && args.budget <= SPECPREFILL_KEEP_MASS,
+                      "budget: expected a specprefill_budget, got %d", args.budget);
+  if (args.budget == SPECPREFILL_KEEP_TOKENS) {
+    SPECPREFILL_REQUIRE(args.keep >= 1 && args.keep < 9e15, "keep_tokens: expected at least 1, got %g", args.keep);
+  } else {
+    const char* name = args.budget == SPECPREFILL_KEEP_RATIO ? "keep_ratio" : "keep_mass";
+    SPECPREFILL_REQUIRE(args.keep > 0 && args.keep <= 1, "%s: expected a fraction in (0, 1], got %g", name, args.keep);
+  }
+  const int64_t width = specprefill_select_width(&args);
+  SPECPREFILL_REQUIRE(args.width >= width, "indices: expected room for %lld tokens, got %lld", ll(width), ll(args.width));
+  return check_lengths("seq_lens", args.seq_lens, args.batch, args.max_len);
+}
+
+struct Chunk {
+  double mass;
+  float rank;  // larger is better
+  int32_t index;
+  bool forced;
+};
+
+// Forced chunks first, then by rank, ties to the lower index.
+bool better(const Chunk& a, const Chunk& b) {
+  if (a.forced != b.forced) return a.forced;
+  if (a.rank != b.rank) return a.rank > b.rank;
+  return a.index < b.index;
+}
+
+class Selector {
+ public:
+  Selector(const specprefill_select& args, int64_t b)
+      : args_(args),
+        b_(b),
+        length_(length_of(args.seq_lens, b, args.max_len)),
+        chunks_(static_cast<size_t>(ceil_div(length_, args.chunk_size))),
+        kept_(chunks_.size(), 0) {}
+
+  int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
+
+  // Sums, ranks and protection of the chunks [first, last). False when one has no rank.
+  bool read(int64_t first, int64_t last) {
+    bool ranked = true;
+    for (int64_t c = first; c < last; ++c) ranked &= read(c);
+    return ranked;
+  }
+
+  // Ranks the chunks and writes the kept tokens, once all are read.
+  void choose() {
+    const int64_t forced = std::count_if(chunks_.begin(), chunks_.end(), [](const Chunk& c) { return c.forced; });
+    const int64_t budget = budget_chunks(args_, num_chunks());
+    const bool by_mass = args_.budget == SPECPREFILL_KEEP_MASS;
+    rank(std::max(by_mass ? mass_chunks() : budget, forced), by_mass);
+    args_.overflow[b_] = !by_mass && forced > budget;
+    write();
+  }
+
+  // Says which value has no rank.
+  int reject() const {
+    const float* importance = args_.importance + b_ * args_.importance_stride_batch;
+    for (int64_t t = 0; t < length_; ++t) {
+      const double x = importance[t * args_.importance_stride_token];
+      if (!std::isfinite(x)) {
+        return fail(SPECPREFILL_NOT_FINITE, "importance[%lld, %lld]: expected a finite value, got %g", ll(b_), ll(t), x);
+      }
+      if (args_.budget == SPECPREFILL_KEEP_MASS && x < 0) {
+        return fail(SPECPREFILL_INVALID_ARGUMENT,
+                    "importance[%lld, %lld]: expected non-negative values with keep_mass, got %g", ll(b_), ll(t), x);
+      }
+    }
+    return SPECPREFILL_OK;
+  }
+
+ private:
+  bool read(int64_t c) {
+    const int64_t start = c * args_.chunk_size, stop = std::min(start + args_.chunk_size, length_);
+    const float* importance = args_.importance + b_ * args_.importance_stride_batch;
+    double sum = 0;
+    float low = 0;
+    for (int64_t t = start; t < stop; ++t) {
+      const float x = importance[t * args_.importance_stride_token];
+      sum += x;
+      low = std::min(low, x);
+    }
+    if (!std::isfinite(sum) || (args_.budget == SPECPREFILL_KEEP_MASS && low < 0)) return false;
+    bool forced = start < args_.sink || stop > length_ - args_.tail;
+    if (args_.protect && !forced) {
+      const uint8_t* protect = args_.protect + b_ * args_.protect_stride_batch;
+      for (int64_t t = start; t < stop; ++t) forced |= protect[t * args_.protect_stride_token] != 0;
+    }
+    const double rank = args_.budget == SPECPREFILL_KEEP_MASS ? sum : sum / static_cast<double>(stop - start);
+    chunks_[static_cast<size_t>(c)] = {sum, static_cast<float>(rank), static_cast<int32_t>(c), forced};
+    return true;
+  }
+
+  // The fewest of the best chunks whose masses reach the wanted fraction. Leaves the chunks sorted, best first.
+  int64_t mass_chunks() {
+    double total = 0, held = 0;
+    for (const Chunk& chunk : chunks_) total += chunk.mass;
+    std::sort(chunks_.begin(), chunks_.end(), better);
+    int64_t count = 0;
+    for (const Chunk& chunk : chunks_) {
+      held += chunk.mass;
+      ++count;
+      if (held >= (args_.keep - kMassSlack) * total) break;
+    }
+    return count;
+  }
+
+  // Marks the `keep` best chunks and puts all back into prompt order.
+  void rank(int64_t keep, bool sorted) {
+    if (!sorted && keep < static_cast<int64_t>(chunks_.size())) {
+      std::nth_element(chunks_.begin(), chunks_.begin() + keep, chunks_.end(), better);
+    }
+    for (int64_t i = 0; i < keep; ++i) kept_[static_cast<size_t>(chunks_[static_cast<size_t>(i)].index)] = 1;
+  }
+
+  void write() const {
+    int32_t* out = args_.indices + b_ * args_.width;
+    int64_t count = 0;
+    for (size_t c = 0; c < kept_.size(); ++c) {
+      if (!kept_[c]) continue;
+      const int64_t start = static_cast<int64_t>(c) * args_.chunk_size, stop = std::min(start + args_.chunk_size, length_);
+      for (int64_t t = start; t < stop; ++t) out[count++] = static_cast<int32_t>(t);
+    }
+    std::fill(out + count, out + args_.width, -1);
+    args_.num_kept[b_] = static_cast<int32_t>(count);
+  }
+
+  const specprefill_select& args_;
+  int64_t b_, length_;
+  std::vector<Chunk> chunks_;
+  std::vector<char> kept_;
+};
+
+}  // namespace
+}  // namespace specprefill
+
+using namespace specprefill;
+
+int64_t specprefill_select_width(const specprefill_select* args) {
+  if (args->protect || args->budget == SPECPREFILL_KEEP_MASS) return args->max_len;
+  const int64_t size = args->chunk_size, chunks = ceil_div(args->max_len, size);
+  const int64_t forced = ceil_div(args->sink, size) + (args->tail ? 1 + ceil_div(args->tail, size) : 0);
+  return std::min(args->max_len, std::min(chunks, std::max(budget_chunks(*args, chunks), forced)) * size);
+}
+
+int specprefill_select_cpu(const specprefill_select* args, int num_threads) {
+  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_select, got a null pointer");
+  SPECPREFILL_TRY(check(*args));
+  try {
+    std::vector<Selector> selectors;
+    for (int64_t b = 0; b < args->batch; ++b) selectors.emplace_back(*args, b);
+    std::vector<std::atomic<bool>> rejected(selectors.size());
+    const int64_t blocks = ceil_div(ceil_div(args->max_len, args->chunk_size), kBlock);
+    parallel_for(args->batch * blocks, num_threads, [&](int64_t task, int) {
+      const size_t b = static_cast<size_t>(task / blocks);
+      const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, selectors[b].num_chunks());
+      if (!selectors[b].read(first, last)) rejected[b] = true;
+    });
+    for (size_t b = 0; b < selectors.size(); ++b) {
+      if (rejected[b]) SPECPREFILL_TRY(selectors[b].reject());
+    }
+    parallel_for(args->batch, num_threads, [&](int64_t b, int) { selectors[static_cast<size_t>(b)].choose(); });
+    return SPECPREFILL_OK;
+  } catch (const std::bad_alloc&) {
+    return fail(SPECPREFILL_OUT_OF_MEMORY, "select_chunks: out of memory");
+  }
+}
