@@ -3,7 +3,7 @@
 
     python3 run.py demo [args]      speculative prefill on a real model and a real document (specprefill demo [args])
     python3 run.py test [args]      the tests (pytest python_tests [args])
-    python3 run.py setup            only the set-up
+    python3 run.py setup [extras]   only the set-up
     python3 run.py lint             ruff, clang-format and mypy, check-only
     python3 run.py sanitize         the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
     python3 run.py python ARGS      the environment's own Python
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if job in ("help", "-h", "--help") else 2
     try:
-        set_up(EXTRAS[job])
+        set_up(args[0] if job == "setup" and args else EXTRAS[job])
     except SetupError as error:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
