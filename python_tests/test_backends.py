@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from calls import CALLS
-from grid import REQUIRED
+from grid import REQUIRED, Backend, backends
 
 import specprefill_kernels as spk
 
@@ -29,6 +29,14 @@ def test_every_backend_runs_or_says_why_not(op):
     assert set(REQUIRED) <= set(reasons)
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
     assert spk.available_backends(op) == reasons
+
+
+@pytest.mark.parametrize("name", spk.available_backends("score_layer"))
+@pytest.mark.parametrize("op", OPS)
+def test_the_grid_has_every_backend_that_runs_here(op, name):
+    """The op tests leave out what cannot run; here it is skipped, once, with its reason."""
+    Backend(name, op).require()
+    assert name in [backend.name for backend in backends(op)]
 
 
 def test_an_unknown_op_is_refused():
