@@ -84,6 +84,6 @@ def test_the_order_of_layers_does_not_matter(backend):
 def test_a_workspace_changes_nothing(backend):
     """Whatever it holds before."""
     problems = layers_of(BASE)
-    size = spk.score_workspace_size(2, 4, 4, 2, 50)
+    size = spk.score_workspace_size(4, 4, 2, 16, 50)
     workspace = torch.full((size,), 255, dtype=torch.uint8, device=backend.device)
     same(run_layers(problems, backend, workspace=workspace), run_layers(layers_of(BASE), backend))

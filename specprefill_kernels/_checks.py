@@ -1,7 +1,8 @@
 """Checks of what callers hand in. Every error reads "<argument>: expected <what>, got <what came>".
 
-Two kinds live here. Shape checks read only metadata, so they trace under torch.compile and cost no device sync.
-Value checks (`*_values`) read tensors' contents; ops call them on CPU tensors only, inside the op.
+Three kinds live here. Checks of shapes and options read only metadata, so they trace under torch.compile and cost no
+device sync. Checks of memory (`writable`, `disjoint`) need real tensors, so they run inside the op. Checks of values
+(`*_values`) read tensors' contents; ops call them on CPU tensors only.
 """
 
 from collections.abc import Sequence

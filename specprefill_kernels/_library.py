@@ -4,6 +4,7 @@
 Autograd key falls through, so results never require grad.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,18 @@ _library = torch.library.Library("specprefill", "DEF")
 _INT32 = torch.iinfo(torch.int32)
 
 
-def _int32(x: Tensor | None) -> Tensor | None:
-    """Lengths and tables as the kernels read them: int32 and contiguous. They are small; nothing else is copied."""
+def _int32(x: Tensor | None, name: str = "") -> Tensor | None:
+    """Lengths and tables as the kernels read them: int32 and contiguous. They are small; nothing else is copied.
+
+    With a `name`, every entry counts, and one of a CPU tensor that does not fit is an error.
+    """
     if x is None:
         return None
     if x.dtype != torch.int32:
+        if name and x.device.type == "cpu":
+            for i, value in enumerate(x.tolist()):
+                if not _INT32.min <= value <= _INT32.max:
+                    _checks.fail(f"{name}[{i}]", "an integer of 32 bits", value)
         x = x.clamp(_INT32.min, _INT32.max)  # what does not fit must stay out of range, not wrap into it
     return x.to(torch.int32).contiguous()
 
@@ -74,7 +82,13 @@ def _score_layers_(
     options = ScoreOptions(
         layout, queries_kind, normalize_over, scale, softcap, pool_kernel_size, pool_edge, pool_order
     )
-    sequences = Sequences(_int32(seq_lens), _int32(cu_seqlens), _int32(block_table), _int32(num_look_ahead))
+    sequences = Sequences(
+        _int32(seq_lens, "seq_lens"),
+        _int32(cu_seqlens, "cu_seqlens"),
+        _int32(block_table),
+        _int32(num_look_ahead, "num_look_ahead"),
+    )
+    _checks.writable("state", state)
     for i, (query, key) in enumerate(zip(queries, keys)):
         _checks.disjoint("state", state, f"query of layer {i}", query)
         _checks.disjoint("state", state, f"key of layer {i}", key)
@@ -92,7 +106,14 @@ def _finalize_importance(
     backend: str,
 ) -> Tensor:
     run = _backends.implementation("finalize_importance", "finalize_importance", backend, state.device.type)
-    importance: Tensor = run(state, _int32(seq_lens), _int32(num_look_ahead), reduce, pool_kernel_size, pool_edge)
+    importance: Tensor = run(
+        state,
+        _int32(seq_lens, "seq_lens"),
+        _int32(num_look_ahead, "num_look_ahead"),
+        reduce,
+        pool_kernel_size,
+        pool_edge,
+    )
     return importance
 
 
@@ -101,7 +122,7 @@ def _select_chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *budget, backend = rest
     run = _backends.implementation("select_chunks", "select_chunks", backend, importance.device.type)
-    selected: tuple[Tensor, Tensor, Tensor] = run(importance, _int32(seq_lens), protect, Budget(*budget))
+    selected: tuple[Tensor, Tensor, Tensor] = run(importance, _int32(seq_lens, "seq_lens"), protect, Budget(*budget))
     return selected
 
 
@@ -109,7 +130,7 @@ def _gather_tokens(
     x: Tensor, indices: Tensor, num_kept: Tensor, cu_seqlens: Tensor | None, token_dim: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _backends.implementation("gather_tokens", "gather_tokens", backend, x.device.type)
-    packed: tuple[Tensor, Tensor, Tensor] = run(x, indices, num_kept, _int32(cu_seqlens), token_dim)
+    packed: tuple[Tensor, Tensor, Tensor] = run(x, indices, num_kept, _int32(cu_seqlens, "cu_seqlens"), token_dim)
     return packed
 
 
@@ -159,11 +180,12 @@ def _gather_kv_out_(
     backend: str,
 ) -> None:
     for i, out in enumerate((out_key, out_value)):
+        _checks.writable(f"out[{i}]", out)
         _checks.disjoint(f"out[{i}]", out, "key_cache", key_cache)
         _checks.disjoint(f"out[{i}]", out, "value_cache", value_cache)
     _checks.disjoint("out[1]", out_value, "out[0]", out_key)
     run = _backends.implementation("gather_kv", "gather_kv", backend, key_cache.device.type)
-    tables = (_int32(block_table), _int32(cu_seqlens), _int32(out_block_table))
+    tables = (_int32(block_table), _int32(cu_seqlens, "cu_seqlens"), _int32(out_block_table))
     run((key_cache, value_cache), (out_key, out_value), indices, num_kept, layout, *tables)
 
 
@@ -178,7 +200,7 @@ def _select_tokens(
 ) -> tuple[Tensor, ...]:
     *budget, token_dim, pool_kernel_size, pool_edge, backend = rest
     run = _backends.implementation("select_tokens", "select_tokens", backend, state.device.type)
-    lengths, rows = _int32(seq_lens), _int32(num_look_ahead)
+    lengths, rows = _int32(seq_lens, "seq_lens"), _int32(num_look_ahead, "num_look_ahead")
     selected: tuple[Tensor, ...] = run(
         state, x, lengths, rows, protect, reduce, pool_kernel_size, pool_edge, Budget(*budget), token_dim
     )
@@ -235,7 +257,7 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-_OPS = {
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "score_layers_": (_score_layers_, _nothing),
     "finalize_importance": (_finalize_importance, _fake_finalize),
     "select_chunks": (_select_chunks, _fake_select),

@@ -230,9 +230,9 @@ class Scorer {
       }
       if (!finite) {
         return fail(SPECPREFILL_NOT_FINITE,
-                    "query, key or lse of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, "
-                    "query head %lld, look-ahead row %lld)",
-                    static_cast<long long>(item.b), static_cast<long long>(item.layer),
+                    "%s of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, query head %lld, "
+                    "look-ahead row %lld)",
+                    item.lse ? "lse, query or key" : "query or key", static_cast<long long>(item.b), static_cast<long long>(item.layer),
                     static_cast<long long>(item.head * item.group + m / item.rows),
                     static_cast<long long>(m % item.rows));
       }

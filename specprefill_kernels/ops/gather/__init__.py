@@ -63,6 +63,7 @@ def gather_tokens(
     """
     _backends.check_name(backend)
     _checks.tensor("x", x)
+    _checks.supported_device("x", x)
     _check_selection(selection, x.device)
     check_gather_tokens(x, selection.indices.shape[0], x.device, token_dim, cu_seqlens)
     values, position_ids, offsets = torch.ops.specprefill.gather_tokens(
@@ -110,6 +111,7 @@ def gather_kv(
     _backends.check_name(backend)
     _checks.choice("layout", layout, LAYOUTS)
     _checks.tensor("key_cache", key_cache)
+    _checks.supported_device("key_cache", key_cache)
     _check_selection(selection, key_cache.device)
     batch, width = selection.indices.shape
     _check_cache("key_cache", key_cache, layout, batch)
@@ -233,7 +235,6 @@ def _check_out(
             sizes=wanted,
             what=KEY_SHAPES[layout],
         )
-        _checks.writable(name, target)
     if paged and out[0].shape[:2] + out[0].shape[2:3] != out[1].shape[:2] + out[1].shape[2:3]:
         _checks.fail("out[1]", f"out[0]'s shape {_checks.shape(out[0])} but for D", _checks.shape(out[1]))
     if paged != (out_block_table is not None):

@@ -294,7 +294,6 @@ def _check_state(state: Tensor) -> None:
             _checks.fail("state", f"at least one {name}", f"shape {_checks.shape(state)}")
     if state.shape[2] > 1 and state.stride(2) != 1:
         _checks.fail("state", "a contiguous last dimension", f"strides {tuple(state.stride())}")
-    _checks.writable("state", state)
 
 
 def _check_layer(q_name: str, query: Tensor, k_name: str, key: Tensor, state: Tensor, layout: str) -> None:

@@ -71,7 +71,8 @@ def _score_layer_(
             norm = lse[b, :n].float().unflatten(1, (k.shape[0], -1)).permute(1, 2, 0)[..., None]
         weights = torch.exp(s - norm).masked_fill(~seen, 0.0)[..., :length]  # [Hkv, G, n, length]
         if state.device.type == "cpu" and not bool((torch.isfinite(weights) & (norm < torch.inf)).all()):
-            _checks.fail(f"query, key or lse of sequence {b}", "finite attention weights", "NaN or Inf")
+            cause = "query or key" if lse is None else "lse, query or key"
+            _checks.fail(f"{cause} of sequence {b}", "finite attention weights", "NaN or Inf")
         if options.pool_order == "before_max":
             weights = pool(weights, options.pool_kernel_size, options.pool_edge)
         best = weights.amax((0, 1))
