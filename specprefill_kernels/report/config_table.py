@@ -1,0 +1,129 @@
+"""What `specprefill show-config` prints: each line is asked for by itself; a broken part costs its own line only."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "huggingface_hub", "typer", "rich")
+
+
+def config_rows() -> list[tuple[str, str]]:
+    """(name, value) of the install, the machine, the models and op x backend; never raises."""
+    rows = [
+        ("specprefill_kernels", _guarded(_own_version)),
+        ("python", f"{platform.python_version()} at {sys.executable}"),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"),
+    ]
+    rows += [(name, _guarded(lambda name=name: _package(name))) for name in _PACKAGES]  # type: ignore[misc]
+    rows += [
+        ("torch threads", _guarded(_threads)),
+        ("gpu", _guarded(_gpu)),
+        ("compiled kernels", _guarded(_compiled)),
+        ("model cache", _guarded(_cache)),
+        *_models(),
+        *_ops(),
+    ]
+    return rows
+
+
+def _guarded(question: Callable[[], str]) -> str:
+    try:
+        return question()
+    except BaseException as error:  # a package that is broken enough may even raise SystemExit on import
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = str(error).strip().splitlines()
+        return f"failed: {type(error).__name__}{': ' + text[0] if text else ''}"
+
+
+def _own_version() -> str:
+    from specprefill_kernels._version import __version__
+
+    return __version__
+
+
+def _package(name: str) -> str:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    importlib.import_module(name)  # installed and importable are two things
+    return version
+
+
+def _threads() -> str:
+    import torch
+
+    return str(torch.get_num_threads())
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _compiled() -> str:
+    from specprefill_kernels import _native
+
+    reason = _native.unavailable()
+    return f"no: {reason}" if reason else f"yes, {_native.module().instruction_set()}"
+
+
+def _cache() -> str:
+    from specprefill_kernels.models.cache import cache_folder
+
+    return str(cache_folder())
+
+
+def _models() -> list[tuple[str, str]]:
+    def state(name: str) -> str:
+        from specprefill_kernels.models import REGISTRY, cache
+
+        entry = REGISTRY[name]
+        ready = cache.is_complete(cache.folder_of(entry.name, entry.sha256))
+        return "ready" if ready else f"not fetched yet ({entry.size / 1e6:,.0f} MB)"
+
+    try:
+        from specprefill_kernels.models.registry import REGISTRY
+
+        names = list(REGISTRY)
+    except Exception as error:
+        return [("models", f"failed: {type(error).__name__}: {error}")]
+    return [(f"model {name}", _guarded(lambda name=name: state(name))) for name in names]  # type: ignore[misc]
+
+
+def _ops() -> list[tuple[str, str]]:
+    try:
+        from specprefill_kernels import _backends
+
+        rooms = list(_backends.ROOMS)
+    except Exception as error:
+        return [("ops", f"failed: {type(error).__name__}: {error}")]
+
+    def backends(op: str) -> str:
+        return ", ".join(name for name, reason in _backends.available_backends(op).items() if reason is None) or "none"
+
+    def missing() -> list[tuple[str, str]]:
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for op in rooms:
+            for backend, reason in _backends.available_backends(op).items():
+                if reason is not None:
+                    reasons.setdefault((backend, reason.replace(op, "it")), []).append(op)
+        return [
+            (f"no {backend}", f"{'all ops' if len(ops) == len(rooms) else ', '.join(ops)}: {reason}")
+            for (backend, reason), ops in reasons.items()
+        ]
+
+    rows = [(f"op {op}", _guarded(lambda op=op: backends(op))) for op in rooms]  # type: ignore[misc]
+    try:
+        return rows + missing()
+    except Exception as error:
+        return [*rows, ("missing backends", f"failed: {type(error).__name__}: {error}")]
