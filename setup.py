@@ -115,6 +115,10 @@ class BuildPackage(build_py):
 
 
 class BuildKernels(build_ext):
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install, which runs from the source folder."""
+        super().copy_extensions_to_source()
+        shutil.copyfile(Path(self.build_lib, PACKAGE, "_build_info.py"), ROOT / PACKAGE / "_build_info.py")
     def build_extension(self, ext: Extension) -> None:
         check_compiler()
         reason = cuda_left_out()
@@ -154,8 +158,6 @@ class BuildKernels(build_ext):
         info = {"mode": MODE, "compiled": True, "cuda": reason is None, "left_out": left_out}
         info.update(json.loads((build_dir / "build_info.json").read_text()))
         write_build_info(package_dir, info)
-        if self.inplace:
-            write_build_info(ROOT / PACKAGE, info)
         say(f"built the CPU kernels ({info['compiler']}; {', '.join(info['isas'])})")
         for what, why in left_out.items():
             say(f"{what.upper()} left out: {why}")
