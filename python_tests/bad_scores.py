@@ -69,6 +69,7 @@ SCORE = [
         )
         for value in (NAN, INF)
     ],
+    Bad("score", "Inf in lse", {"lse": torch.full((2, 3, 4), INF)}, "lse", values=True),
     Bad("score", "NaN in lse", {"lse": torch.full((2, 3, 4), NAN)}, "lse", values=True),
     Bad("score", "lse of no keys where there are", {"lse": torch.full((2, 3, 4), -INF)}, "lse", values=True),
     Bad("score", "NaN in key_scale", {"key_scale": torch.tensor([1.0, NAN])}, WEIGHTS, values=True),

@@ -10,6 +10,7 @@ from grid import on_backends, same
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import place, restride
+from scoring import Case, assert_close, draw
 
 import specprefill_kernels as spk
 
@@ -65,6 +66,12 @@ def test_pools_each_row_before_the_reduction(backend, reduce, size, edge):
     compare(backend, (60, 100, 5), (3, 1, 2), 3, 110, reduce=reduce, pool_kernel_size=size, pool_edge=edge)
 
 
+@pytest.mark.parametrize("size", [None, 13, 301])
+@pytest.mark.parametrize("length", [4090, 4095, 4096, 4097, 8199])
+def test_lengths_around_tile_boundaries(backend, length, size):
+    compare(backend, (length, 4096), (2, 1), 2, 8200, pool_kernel_size=size)
+
+
 @pytest.mark.parametrize("strides", ["permuted", "gaps", "stepped"])
 def test_strides(backend, strides):
     compare(backend, (60, 33), (3, 1), 3, 60, strides=strides)
@@ -85,8 +92,6 @@ def test_lengths_and_rows_may_be_left_out(backend):
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_pooling_later_is_pooling_the_raw_maximum(backend, reduce, edge):
     """pool_order="after_max", end to end: raw weights, max over layers and heads, then pool, then reduce."""
-    from scoring import Case, assert_close, draw
-
     options = {"pool_order": "after_max", "pool_edge": edge}
     problems = [draw(Case(rows=(3, 2), options=options, seed=seed)) for seed in range(2)]
     problems[1].state = problems[0].run(backend)

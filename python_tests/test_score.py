@@ -90,12 +90,21 @@ def test_unequal_look_ahead(backend, rows, one_row):
     check(Case(look_ahead=8, rows=rows, seq_lens=(30, 41, 6), head_dim=16, one_row=one_row), backend)
 
 
+# Powers of two, and the CPU kernels' tile of 384 with the halo of the pooling window on both sides.
 LENGTHS = [1, 2, 3, 5, 6, 7, 12, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1031]
+LENGTHS += [378, 383, 384, 385, 389, 390, 391, 767, 768, 769, 775]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lengths_around_tile_boundaries(backend, length):
     check(Case(seq_lens=(length,), head_dim=16, look_ahead=2, heads=(2, 1)), backend)
+
+
+@pytest.mark.parametrize("edge", ["zero", "valid"])
+@pytest.mark.parametrize("size", [63, 255, 401, 801, 1601])
+def test_windows_wider_than_a_tile(backend, size, edge):
+    options = {"pool_kernel_size": size, "pool_edge": edge}
+    check(Case(seq_lens=(800, 385), head_dim=16, look_ahead=2, heads=(2, 1), options=options), backend)
 
 
 @pytest.mark.parametrize("layout", ["bhtd", "paged_nhd"])

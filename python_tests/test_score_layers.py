@@ -81,9 +81,38 @@ def test_the_order_of_layers_does_not_matter(backend):
     same(run_layers(layers_of(BASE)[::-1], backend), run_layers(layers_of(BASE), backend))
 
 
-def test_a_workspace_changes_nothing(backend):
-    """Whatever it holds before."""
-    problems = layers_of(BASE)
-    size = spk.score_workspace_size(4, 4, 2, 16, 50)
-    workspace = torch.full((size,), 255, dtype=torch.uint8, device=backend.device)
-    same(run_layers(problems, backend, workspace=workspace), run_layers(layers_of(BASE), backend))
+def a_workspace(case: Case, backend, portion: float = 1.0) -> torch.Tensor:
+    """As large as the least that the CPU backend asks for, or a portion of it; full of rubbish."""
+    size = spk.score_workspace_size(case.look_ahead, *case.heads, case.head_dim, max(case.seq_lens))
+    return torch.full((int(size * portion),), 255, dtype=torch.uint8, device=backend.device)
+
+
+@pytest.mark.parametrize("portion", [1, 1.7, 20])
+def test_a_workspace_changes_nothing(backend, portion):
+    """Neither what it holds before, nor how often the work has to be cut to fit it."""
+    case = BASE.but(seq_lens=(900, 385, 3), rows=(4, 3, 1), heads=(6, 3), options={"normalize_over": "visible"})
+    alone = run_layers(layers_of(case), backend)
+    same(run_layers(layers_of(case), backend, workspace=a_workspace(case, backend, portion)), alone)
+
+
+def test_a_workspace_too_small_is_named(backend):
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name} needs no workspace")
+    workspace = a_workspace(BASE, backend, 0.5)
+    with pytest.raises(ValueError, match=rf"^workspace: expected .*, got {len(workspace)}"):
+        run_layers(layers_of(BASE), backend, workspace=workspace)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"look_ahead": 0}, "look_ahead"),
+        ({"num_q_heads": 3}, "num_q_heads"),
+        ({"pool_kernel_size": 2}, "pool_kernel_size"),
+    ],
+    ids=str,
+)
+def test_the_workspace_size_of_bad_shapes(backend, changes, name):
+    shapes = {"look_ahead": 8, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "max_len": 100}
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+        spk.score_workspace_size(**{**shapes, **changes})
