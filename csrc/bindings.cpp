@@ -66,8 +66,9 @@ specprefill_layer layer(uintptr_t query, int32_t query_dtype, const Strides4& qu
 void score_layers(uintptr_t state, const Strides2& state_strides, int64_t state_rows, const Strides3& sizes,
                   int32_t layout, uintptr_t seq_lens, uintptr_t cu_seqlens, uintptr_t block_table,
                   const Strides2& block_table_shape, uintptr_t num_look_ahead, int32_t queries, int32_t normalize_over,
-                  int32_t pool_edge, int64_t pool_kernel_size, float softcap, const std::vector<specprefill_layer>& layers,
-                  uintptr_t workspace, size_t workspace_bytes, int num_threads) {
+                  int32_t pool_edge, int64_t pool_kernel_size, float softcap,
+                  const std::vector<specprefill_layer>& layers, uintptr_t workspace, size_t workspace_bytes,
+                  int num_threads) {
   specprefill_score args{};
   args.state = pointer<float>(state);
   args.state_stride_batch = state_strides[0];
@@ -98,8 +99,8 @@ void score_layers(uintptr_t state, const Strides2& state_strides, int64_t state_
 }
 
 void finalize_importance(uintptr_t state, const Strides3& strides, const Strides3& sizes, uintptr_t seq_lens,
-              uintptr_t num_look_ahead, int32_t reduce, int32_t pool_edge, int64_t pool_kernel_size,
-              uintptr_t importance, int num_threads) {
+                         uintptr_t num_look_ahead, int32_t reduce, int32_t pool_edge, int64_t pool_kernel_size,
+                         uintptr_t importance, int num_threads) {
   const specprefill_finalize args{pointer<float>(state),
                                   strides[0],
                                   strides[1],
@@ -121,10 +122,10 @@ void finalize_importance(uintptr_t state, const Strides3& strides, const Strides
   check(status);
 }
 
-void select_chunks(uintptr_t importance, const Strides2& strides, const Strides2& sizes, uintptr_t seq_lens, uintptr_t protect,
-            const Strides2& protect_strides, int32_t budget, double keep, int64_t chunk_size, int32_t rounding,
-            int64_t sink, int64_t tail, uintptr_t indices, int64_t width, uintptr_t num_kept, uintptr_t overflow,
-            int num_threads) {
+void select_chunks(uintptr_t importance, const Strides2& strides, const Strides2& sizes, uintptr_t seq_lens,
+                   uintptr_t protect, const Strides2& protect_strides, int32_t budget, double keep, int64_t chunk_size,
+                   int32_t rounding, int64_t sink, int64_t tail, uintptr_t indices, int64_t width, uintptr_t num_kept,
+                   uintptr_t overflow, int num_threads) {
   const specprefill_select args{pointer<float>(importance),
                                 strides[0],
                                 strides[1],
@@ -196,8 +197,8 @@ void gather_tokens(uintptr_t x, int64_t item_bytes, const Strides2& sizes, const
 
 // shape: rows, tokens, heads, head_dim; strides: row, head, token, dim.
 specprefill_cache cache(uintptr_t data, int64_t item_bytes, const Strides4& shape, const Strides4& strides) {
-  return {pointer<void>(data), item_bytes, shape[0],   shape[1],   shape[2],
-          shape[3],            strides[0], strides[1], strides[2], strides[3]};
+  return {pointer<void>(data), item_bytes, shape[0],   shape[1],  shape[2], shape[3],
+          strides[0],          strides[1], strides[2], strides[3]};
 }
 
 void gather_kv(const std::vector<std::array<specprefill_cache, 2>>& caches, int32_t layout, int64_t batch,

@@ -29,7 +29,8 @@ class Pool {
       for (int64_t task = 0; task < job.num_tasks; ++task) job.run(job.context, task, 0);
       return;
     }
-    const int helpers = grow(static_cast<int>(num_threads - 1 < job.num_tasks - 1 ? num_threads - 1 : job.num_tasks - 1));
+    const int helpers =
+        grow(static_cast<int>(num_threads - 1 < job.num_tasks - 1 ? num_threads - 1 : job.num_tasks - 1));
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
@@ -40,7 +41,8 @@ class Pool {
     }
     wake_.notify_all();
     work(job, 0);
-    for (int spin = 0; running_.load(std::memory_order_acquire) != 0 && spin < kSpins; ++spin) std::this_thread::yield();
+    for (int spin = 0; running_.load(std::memory_order_acquire) != 0 && spin < kSpins; ++spin)
+      std::this_thread::yield();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
   }

@@ -5,9 +5,9 @@
 
 namespace specprefill {
 
-// Calls run(context, task, worker) for each task in [0, num_tasks), worker in [0, num_threads). Tasks are handed out one
-// by one, so a result must not depend on which worker ran a task. Returns when all are done. A second caller, while the
-// pool is busy, runs its tasks on its own thread. `run` must not throw.
+// Calls run(context, task, worker) for each task in [0, num_tasks), worker in [0, num_threads). Tasks are handed out
+// one by one, so a result must not depend on which worker ran a task. Returns when all are done. A second caller, while
+// the pool is busy, runs its tasks on its own thread. `run` must not throw.
 void parallel_for(int64_t num_tasks, int num_threads, void (*run)(void* context, int64_t task, int worker),
                   void* context);
 

@@ -7,8 +7,8 @@ long long ll(int64_t x) { return static_cast<long long>(x); }
 
 int check_lengths(const char* name, const int32_t* lengths, int64_t batch, int64_t capacity) {
   for (int64_t b = 0; lengths && b < batch; ++b) {
-    SPECPREFILL_REQUIRE(lengths[b] >= 1 && lengths[b] <= capacity, "%s[%lld]: expected 1 <= length <= %lld, got %d", name,
-                        ll(b), ll(capacity), lengths[b]);
+    SPECPREFILL_REQUIRE(lengths[b] >= 1 && lengths[b] <= capacity, "%s[%lld]: expected 1 <= length <= %lld, got %d",
+                        name, ll(b), ll(capacity), lengths[b]);
   }
   return SPECPREFILL_OK;
 }
@@ -30,8 +30,8 @@ int check_blocks(const char* name, const int32_t* table, int64_t stride, int64_t
                  int64_t num_blocks) {
   for (int64_t i = 0; i * block_size < length; ++i) {
     const int32_t block = table[b * stride + i];
-    SPECPREFILL_REQUIRE(block >= 0 && block < num_blocks, "%s[%lld, %lld]: expected a block id in [0, %lld), got %d", name,
-                        ll(b), ll(i), ll(num_blocks), block);
+    SPECPREFILL_REQUIRE(block >= 0 && block < num_blocks, "%s[%lld, %lld]: expected a block id in [0, %lld), got %d",
+                        name, ll(b), ll(i), ll(num_blocks), block);
   }
   return SPECPREFILL_OK;
 }
@@ -43,8 +43,8 @@ int check_selection(const int32_t* indices, int64_t stride, int64_t width, const
   for (int64_t i = 0; i < num_kept[b]; ++i) {
     const int32_t position = indices[b * stride + i];
     SPECPREFILL_REQUIRE(position >= 0 && position < room,
-                        "selection.indices[%lld, %lld]: expected a position in [0, %lld), got %d", ll(b), ll(i), ll(room),
-                        position);
+                        "selection.indices[%lld, %lld]: expected a position in [0, %lld), got %d", ll(b), ll(i),
+                        ll(room), position);
   }
   return SPECPREFILL_OK;
 }

@@ -22,7 +22,8 @@ namespace specprefill {
 namespace SPECPREFILL_ISA {
 
 // kLanes: fp32 per vector. A tile of the product is kRows query rows by kVectors vectors of keys, held in registers:
-// 24 accumulators of 32 registers (AVX-512, NEON), 12 of 16 (AVX2), 8 of 16 where a product needs a register too (SSE2).
+// 24 accumulators of 32 registers (AVX-512, NEON), 12 of 16 (AVX2), 8 of 16 where a product needs a register too
+// (SSE2).
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 8, kVectors = 3;
 #elif defined(__AVX2__)
@@ -168,8 +169,9 @@ struct F8E4M3FN {
     vu8 x;
     memcpy(&x, p, sizeof x);
     const vu b = __builtin_convertvector(x, vu);
-    const vu magnitude = (vu)(bits_to_float((b & 0x7fu) << 20) * splat(1.329227995784916e36f));  // exponent 120 too small
-    const vu special = (vu)((b & 0x7fu) == 0x7fu) & 0x7fc00000u;                                 // its only NaN; no Inf
+    const vu magnitude =
+        (vu)(bits_to_float((b & 0x7fu) << 20) * splat(1.329227995784916e36f));  // exponent 120 too small
+    const vu special = (vu)((b & 0x7fu) == 0x7fu) & 0x7fc00000u;                // its only NaN; no Inf
     return bits_to_float(magnitude | special | (b & 0x80u) << 24);
   }
 };

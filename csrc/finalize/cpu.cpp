@@ -22,14 +22,15 @@ int check(const specprefill_finalize& args) {
                       "state: expected no empty dimension [B, N, T], got [%lld, %lld, %lld]", ll(args.batch),
                       ll(args.look_ahead), ll(args.max_len));
   SPECPREFILL_REQUIRE(args.pool_kernel_size >= 1 && args.pool_kernel_size % 2 == 1,
-                      "pool_kernel_size: expected an odd number (a centred window), got %lld", ll(args.pool_kernel_size));
+                      "pool_kernel_size: expected an odd number (a centred window), got %lld",
+                      ll(args.pool_kernel_size));
   SPECPREFILL_TRY(check_lengths("seq_lens", args.seq_lens, args.batch, args.max_len));
   return check_lengths("num_look_ahead", args.num_look_ahead, args.batch, args.look_ahead);
 }
 
 // Sums of `width` neighbours, centred: out[i] for tokens [start, start + count) of a row of `length` tokens.
-void pool(const float* row, int64_t stride, int64_t start, int64_t count, int64_t length, int64_t width, bool valid_edge,
-          float* out) {
+void pool(const float* row, int64_t stride, int64_t start, int64_t count, int64_t length, int64_t width,
+          bool valid_edge, float* out) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t low = std::max<int64_t>(start + i - half, 0), high = std::min(start + i + half, length - 1);
@@ -40,8 +41,8 @@ void pool(const float* row, int64_t stride, int64_t start, int64_t count, int64_
 }
 
 // One tile of one sequence's importance. False when the state is not finite there.
-bool finalize_tile(const specprefill_finalize& args, int64_t b, int64_t start, int64_t count, int64_t length, float* row,
-                   float* out) {
+bool finalize_tile(const specprefill_finalize& args, int64_t b, int64_t start, int64_t count, int64_t length,
+                   float* row, float* out) {
   const int64_t rows = length_of(args.num_look_ahead, b, args.look_ahead), stride = args.state_stride_token;
   bool finite = true;
   for (int64_t n = 0; n < rows; ++n) {

@@ -1,4 +1,5 @@
-// Gathering: pure copies, in the longest contiguous runs that the strides allow. Bytes: each kept element once in, once out.
+// Gathering: pure copies, in the longest contiguous runs that the strides allow. Bytes: each kept element once in, once
+// out.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -35,7 +36,8 @@ struct TokenShape {
   int flat;  // dimensions before the contiguous run
   int64_t run_bytes;
 
-  TokenShape(const int64_t* dims, const int64_t* strides, int num, int64_t item_bytes) : flat(num), run_bytes(item_bytes) {
+  TokenShape(const int64_t* dims, const int64_t* strides, int num, int64_t item_bytes)
+      : flat(num), run_bytes(item_bytes) {
     for (int i = 0; i < num; ++i) sizes[i] = dims[i], strides_bytes[i] = strides[i] * item_bytes;
     while (flat > 0 && (sizes[flat - 1] == 1 || strides_bytes[flat - 1] == run_bytes)) run_bytes *= sizes[--flat];
   }
@@ -59,8 +61,8 @@ int check(const specprefill_gather_tokens& args) {
                       ll(args.width));
   SPECPREFILL_REQUIRE(args.num_outer >= 0 && args.num_outer <= SPECPREFILL_MAX_DIMS && args.num_inner >= 0 &&
                           args.num_inner <= SPECPREFILL_MAX_DIMS,
-                      "x: expected at most %d dimensions on each side of the tokens, got %d and %d", SPECPREFILL_MAX_DIMS,
-                      args.num_outer, args.num_inner);
+                      "x: expected at most %d dimensions on each side of the tokens, got %d and %d",
+                      SPECPREFILL_MAX_DIMS, args.num_outer, args.num_inner);
   if (args.cu_seqlens) SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, args.tokens));
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t room = args.cu_seqlens ? args.cu_seqlens[b + 1] - args.cu_seqlens[b] : args.tokens;
@@ -117,8 +119,8 @@ int check_distinct_blocks(const specprefill_gather_kv& args) {
     for (int64_t i = 0; i * args.target.tokens < args.num_kept[b]; ++i) {
       const int32_t block = args.target_block_table[b * args.target_block_table_stride + i];
       SPECPREFILL_REQUIRE(!written[static_cast<size_t>(block)],
-                          "out_block_table[%lld, %lld]: expected a block that no other entry names, got %d", ll(b), ll(i),
-                          block);
+                          "out_block_table[%lld, %lld]: expected a block that no other entry names, got %d", ll(b),
+                          ll(i), block);
       written[static_cast<size_t>(block)] = 1;
     }
   }
@@ -131,16 +133,18 @@ int check(const specprefill_gather_kv& args) {
                       "cache and selection: expected memory, got a null pointer");
   SPECPREFILL_REQUIRE(args.layout >= SPECPREFILL_DENSE && args.layout <= SPECPREFILL_PAGED,
                       "layout: expected a specprefill_layout, got %d", args.layout);
-  SPECPREFILL_REQUIRE(args.batch >= 1 && args.width >= 1, "selection.indices: expected no empty dimension, got [%lld, %lld]",
-                      ll(args.batch), ll(args.width));
+  SPECPREFILL_REQUIRE(args.batch >= 1 && args.width >= 1,
+                      "selection.indices: expected no empty dimension, got [%lld, %lld]", ll(args.batch),
+                      ll(args.width));
   SPECPREFILL_REQUIRE(source.tokens >= 1 && source.heads >= 1 && source.head_dim >= 1 && target.tokens >= 1 &&
                           source.heads == target.heads && source.head_dim == target.head_dim &&
                           source.item_bytes == target.item_bytes && source.item_bytes >= 1,
                       "out: expected the cache's heads, head size and item size");
   const bool paged = args.layout == SPECPREFILL_PAGED, packed = args.layout == SPECPREFILL_PACKED;
   const int64_t rows_needed = args.layout == SPECPREFILL_DENSE ? args.batch : 1;
-  SPECPREFILL_REQUIRE(source.rows >= rows_needed && target.rows >= rows_needed, "cache: expected %lld sequences, got %lld",
-                      ll(rows_needed), ll(std::min(source.rows, target.rows)));
+  SPECPREFILL_REQUIRE(source.rows >= rows_needed && target.rows >= rows_needed,
+                      "cache: expected %lld sequences, got %lld", ll(rows_needed),
+                      ll(std::min(source.rows, target.rows)));
   if (packed) SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, source.tokens));
   SPECPREFILL_REQUIRE(!paged || (args.block_table && args.target_block_table),
                       "block_table: expected with paged caches, got none");
@@ -153,15 +157,16 @@ int check(const specprefill_gather_kv& args) {
     const int64_t target_room = paged    ? args.target_block_table_width * target.tokens
                                 : packed ? target.tokens - (total - kept)
                                          : target.tokens;
-    SPECPREFILL_REQUIRE(kept <= target_room, "out: expected room for %lld tokens of sequence %lld, got %lld", ll(kept), ll(b),
-                        ll(target_room));
+    SPECPREFILL_REQUIRE(kept <= target_room, "out: expected room for %lld tokens of sequence %lld, got %lld", ll(kept),
+                        ll(b), ll(target_room));
     if (paged) {
       // Only the blocks of kept tokens are read.
       for (int64_t i = 0; i < kept; ++i) {
         const int64_t block = args.indices[b * args.indices_stride + i] / source.tokens;
         const int32_t id = args.block_table[b * args.block_table_stride + block];
-        SPECPREFILL_REQUIRE(id >= 0 && id < source.rows, "block_table[%lld, %lld]: expected a block id in [0, %lld), got %d",
-                            ll(b), ll(block), ll(source.rows), id);
+        SPECPREFILL_REQUIRE(id >= 0 && id < source.rows,
+                            "block_table[%lld, %lld]: expected a block id in [0, %lld), got %d", ll(b), ll(block),
+                            ll(source.rows), id);
       }
       SPECPREFILL_TRY(check_blocks("out_block_table", args.target_block_table, args.target_block_table_stride, b, kept,
                                    target.tokens, target.rows));

@@ -2,8 +2,8 @@
  *
  * Every function returns a specprefill_status; on failure specprefill_last_error() says, for the calling thread, which
  * argument is wrong, what was expected and what came. Strides count elements of the tensor they belong to unless a name
- * ends in _bytes. Pointers of the *_cpu functions are host memory. Definitions: Liu, Chen, Zhang, "Speculative Prefill",
- * ICML 2025 (arXiv 2502.02789).
+ * ends in _bytes. Pointers of the *_cpu functions are host memory. Definitions: Liu, Chen, Zhang, "Speculative
+ * Prefill", ICML 2025 (arXiv 2502.02789).
  */
 #ifndef SPECPREFILL_H
 #define SPECPREFILL_H
@@ -68,13 +68,13 @@ typedef struct {
   int64_t query_stride_batch, query_stride_row, query_stride_head, query_stride_dim;
   const void* key; /* post-RoPE; any dtype */
   int32_t key_dtype;
-  int64_t key_rows;         /* dense: B; packed: 1; paged: number of blocks */
-  int64_t key_tokens;       /* tokens in each row: T, sum of T, block size */
-  int64_t key_stride_row;   /* from one sequence (dense) or block (paged) to the next */
+  int64_t key_rows;       /* dense: B; packed: 1; paged: number of blocks */
+  int64_t key_tokens;     /* tokens in each row: T, sum of T, block size */
+  int64_t key_stride_row; /* from one sequence (dense) or block (paged) to the next */
   int64_t key_stride_head, key_stride_token, key_stride_dim;
-  const float* key_scale; /* a key's value is the stored one times this; NULL: 1 */
+  const float* key_scale;   /* a key's value is the stored one times this; NULL: 1 */
   int64_t key_scale_stride; /* between KV heads; 0: one for all */
-  const float* lse;       /* [B, N, Hq] natural log of each row's sum of exponentials; NULL: computed */
+  const float* lse;         /* [B, N, Hq] natural log of each row's sum of exponentials; NULL: computed */
   int64_t lse_stride_batch, lse_stride_row, lse_stride_head;
   int64_t num_q_heads, num_kv_heads, head_dim;
   int64_t window; /* the row at position p sees keys after p - window only; 0: all */
@@ -86,10 +86,10 @@ typedef struct {
   int64_t state_stride_batch, state_stride_row;
   int64_t state_rows; /* look_ahead, or 1: the maximum over rows is folded too */
   int64_t batch, look_ahead, max_len;
-  int32_t layout;                  /* specprefill_layout, of every layer's key */
-  const int32_t* seq_lens;         /* [B] prompt lengths; NULL: max_len, or from cu_seqlens */
-  const int32_t* cu_seqlens;       /* [B + 1], packed only */
-  const int32_t* block_table;      /* [B, block_table_width], paged only */
+  int32_t layout;             /* specprefill_layout, of every layer's key */
+  const int32_t* seq_lens;    /* [B] prompt lengths; NULL: max_len, or from cu_seqlens */
+  const int32_t* cu_seqlens;  /* [B + 1], packed only */
+  const int32_t* block_table; /* [B, block_table_width], paged only */
   int64_t block_table_stride, block_table_width;
   const int32_t* num_look_ahead;   /* [B] valid rows; NULL: look_ahead */
   int32_t queries, normalize_over; /* specprefill_queries, specprefill_normalize_over */
@@ -132,8 +132,8 @@ typedef struct {
   const int32_t* seq_lens; /* NULL: max_len */
   const uint8_t* protect;  /* [B, T] nonzero: must survive; NULL: none */
   int64_t protect_stride_batch, protect_stride_token;
-  int32_t budget;      /* specprefill_budget */
-  double keep;         /* the ratio, the number of tokens, or the mass */
+  int32_t budget; /* specprefill_budget */
+  double keep;    /* the ratio, the number of tokens, or the mass */
   int64_t chunk_size;
   int32_t rounding;
   int64_t sink, tail;

@@ -28,11 +28,13 @@ int check_options(const specprefill_score& args) {
   SPECPREFILL_REQUIRE(args.layout >= SPECPREFILL_DENSE && args.layout <= SPECPREFILL_PAGED,
                       "layout: expected a specprefill_layout, got %d", args.layout);
   SPECPREFILL_REQUIRE(args.pool_kernel_size >= 1 && args.pool_kernel_size % 2 == 1,
-                      "pool_kernel_size: expected an odd number (a centred window), got %lld", ll(args.pool_kernel_size));
+                      "pool_kernel_size: expected an odd number (a centred window), got %lld",
+                      ll(args.pool_kernel_size));
   SPECPREFILL_REQUIRE(args.softcap >= 0 && std::isfinite(args.softcap), "softcap: expected a number above 0, got %g",
                       args.softcap);
   if (args.layout == SPECPREFILL_PAGED) {
-    SPECPREFILL_REQUIRE(args.block_table && args.seq_lens, "block_table and seq_lens: expected with paged keys, got none");
+    SPECPREFILL_REQUIRE(args.block_table && args.seq_lens,
+                        "block_table and seq_lens: expected with paged keys, got none");
   }
   return SPECPREFILL_OK;
 }
@@ -62,11 +64,12 @@ int check_layer(const specprefill_score& args, const specprefill_layer& layer, i
     const int64_t extra = readable_length(args, b) - prompt_length(args, b);
     const int64_t room = room_for(args, layer, b) - extra, limit = room < args.max_len ? room : args.max_len;
     const int64_t length = prompt_length(args, b);
-    SPECPREFILL_REQUIRE(length >= 1 && length <= limit, "seq_lens[%lld]: expected 1 <= length <= %lld%s, got %lld", ll(b),
-                        ll(limit), extra ? " (the look-ahead keys must follow the prompt)" : "", ll(length));
-    SPECPREFILL_REQUIRE(args.queries != SPECPREFILL_OBSERVATION_WINDOW || rows_of(args, b) <= length,
-                        "num_look_ahead[%lld]: expected at most the prompt's %lld tokens, as an observation window, got %lld",
-                        ll(b), ll(length), ll(rows_of(args, b)));
+    SPECPREFILL_REQUIRE(length >= 1 && length <= limit, "seq_lens[%lld]: expected 1 <= length <= %lld%s, got %lld",
+                        ll(b), ll(limit), extra ? " (the look-ahead keys must follow the prompt)" : "", ll(length));
+    SPECPREFILL_REQUIRE(
+        args.queries != SPECPREFILL_OBSERVATION_WINDOW || rows_of(args, b) <= length,
+        "num_look_ahead[%lld]: expected at most the prompt's %lld tokens, as an observation window, got %lld", ll(b),
+        ll(length), ll(rows_of(args, b)));
     if (args.layout == SPECPREFILL_PAGED) {
       SPECPREFILL_TRY(check_blocks("block_table", args.block_table, args.block_table_stride, b, length + extra,
                                    layer.key_tokens, layer.key_rows));
@@ -75,8 +78,8 @@ int check_layer(const specprefill_score& args, const specprefill_layer& layer, i
       for (int64_t h = 0; h < layer.num_q_heads; ++h) {
         const float lse = layer.lse[b * layer.lse_stride_batch + n * layer.lse_stride_row + h * layer.lse_stride_head];
         // -Inf is the sum of a row that sees no key; where the row sees one, its weights will be found not finite.
-        SPECPREFILL_REQUIRE(lse < INFINITY, "lse[%lld, %lld, %lld]: expected a finite value, got %g", ll(b), ll(n), ll(h),
-                            static_cast<double>(lse));
+        SPECPREFILL_REQUIRE(lse < INFINITY, "lse[%lld, %lld, %lld]: expected a finite value, got %g", ll(b), ll(n),
+                            ll(h), static_cast<double>(lse));
       }
     }
   }

@@ -1,10 +1,11 @@
 // The score on the CPU: which work there is, in which order, on which memory. The arithmetic is in cpu_simd.cpp.
 //
 // An item is one (layer, sequence, KV head): the look-ahead rows of all query heads that share its keys. Items run in
-// waves that fit the scratch memory. In a wave, threads first turn tiles of keys into weights (each key read once), then
-// each row's denominator is put together in tile order, then threads pool tiles of positions over all items of the wave
-// and fold them into the state. Every element is computed by the same instructions wherever it lies and whoever runs it,
-// and a maximum has no order: so results are the same bit for bit for any number of threads, batch or scratch memory.
+// waves that fit the scratch memory. In a wave, threads first turn tiles of keys into weights (each key read once),
+// then each row's denominator is put together in tile order, then threads pool tiles of positions over all items of the
+// wave and fold them into the state. Every element is computed by the same instructions wherever it lies and whoever
+// runs it, and a maximum has no order: so results are the same bit for bit for any number of threads, batch or scratch
+// memory.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -34,9 +35,9 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct Item {
   int64_t layer, b, head;
-  int64_t rows, group;       // look-ahead rows; query heads that share this KV head
-  int64_t length, readable;  // prompt tokens; tokens with keys that are read
-  int64_t tiles, first_tile; // first_tile: position among all tiles of the wave
+  int64_t rows, group;        // look-ahead rows; query heads that share this KV head
+  int64_t length, readable;   // prompt tokens; tokens with keys that are read
+  int64_t tiles, first_tile;  // first_tile: position among all tiles of the wave
   int64_t stride, stats_stride;
   KeySource keys;
   float *query, *weights, *maxima, *sums, *lse;
@@ -152,8 +153,8 @@ class Scorer {
     for (Item* item = first; item != last; ++item) prepare(*item);
     const Item& end = last[-1];
     parallel_for(end.first_tile + end.tiles, num_threads_, [&](int64_t task, int worker) {
-      const Item* item = std::upper_bound(first, last, task,
-                                          [](int64_t tile, const Item& it) { return tile < it.first_tile; }) - 1;
+      const Item* item =
+          std::upper_bound(first, last, task, [](int64_t tile, const Item& it) { return tile < it.first_tile; }) - 1;
       score_kernels().score_tile(tile_of(*item, task - item->first_tile, scratch_[worker].panel));
     });
     for (Item* item = first; item != last; ++item) SPECPREFILL_TRY(normalize(*item));
@@ -173,11 +174,13 @@ class Scorer {
     for (int64_t m = 0; m < padded; ++m) {
       float* out = item.query + m / block * block * layer.head_dim + m % block;
       const int64_t n = m % item.rows, head = item.head * item.group + m / item.rows;
-      const char* q = static_cast<const char*>(layer.query) +
-                      (item.b * layer.query_stride_batch + n * layer.query_stride_row +
-                       std::min(head, layer.num_q_heads - 1) * layer.query_stride_head) * bytes;
+      const char* q =
+          static_cast<const char*>(layer.query) + (item.b * layer.query_stride_batch + n * layer.query_stride_row +
+                                                   std::min(head, layer.num_q_heads - 1) * layer.query_stride_head) *
+                                                      bytes;
       for (int64_t d = 0; d < layer.head_dim; ++d) {
-        const float x = m < item.num_rows() ? to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) : 0.0f;
+        const float x =
+            m < item.num_rows() ? to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) : 0.0f;
         out[d * block] = x * factor;
       }
     }
@@ -188,7 +191,8 @@ class Scorer {
       item.end[m] = std::min(position + 1, item.readable);
       item.begin[m] = layer.window ? std::max<int64_t>(position - layer.window + 1, 0) : 0;
       if (item.lse) {
-        const float lse = layer.lse[item.b * layer.lse_stride_batch + n * layer.lse_stride_row + head * layer.lse_stride_head];
+        const float lse =
+            layer.lse[item.b * layer.lse_stride_batch + n * layer.lse_stride_row + head * layer.lse_stride_head];
         item.lse[m] = static_cast<float>(lse * kLog2E);
       }
       for (int64_t i = item.tiles; i < item.stats_stride; ++i) {
@@ -229,12 +233,13 @@ class Scorer {
         finite = score_kernels().combine(maxima, sums, item.stats_stride);
       }
       if (!finite) {
-        return fail(SPECPREFILL_NOT_FINITE,
-                    "%s of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, query head %lld, "
-                    "look-ahead row %lld)",
-                    item.lse ? "lse, query or key" : "query or key", static_cast<long long>(item.b), static_cast<long long>(item.layer),
-                    static_cast<long long>(item.head * item.group + m / item.rows),
-                    static_cast<long long>(m % item.rows));
+        return fail(
+            SPECPREFILL_NOT_FINITE,
+            "%s of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, query head %lld, "
+            "look-ahead row %lld)",
+            item.lse ? "lse, query or key" : "query or key", static_cast<long long>(item.b),
+            static_cast<long long>(item.layer), static_cast<long long>(item.head * item.group + m / item.rows),
+            static_cast<long long>(m % item.rows));
       }
     }
     return SPECPREFILL_OK;
@@ -254,19 +259,20 @@ class Scorer {
   }
 
   // The maximum over the wave's heads and layers at look-ahead row n, pooled, into the state.
-  void fold_row(const Item* first, const Item* last, int64_t b, int64_t n, int64_t start, int64_t count, Scratch& scratch) {
+  void fold_row(const Item* first, const Item* last, int64_t b, int64_t n, int64_t start, int64_t count,
+                Scratch& scratch) {
     const int64_t length = prompt_length(args_, b);
     std::fill_n(scratch.best, kTile + kPadding, 0.0f);
     for (const Item* item = first; item != last; ++item) {
       if (item->b != b) continue;
       for (int64_t m = n; m < item->num_rows(); m += item->rows) {
-        score_kernels().pool_max({item->weights + m * item->stride, item->maxima + m * item->stats_stride, length, start,
-                                  count, args_.pool_kernel_size, scratch.window, scratch.sums},
+        score_kernels().pool_max({item->weights + m * item->stride, item->maxima + m * item->stats_stride, length,
+                                  start, count, args_.pool_kernel_size, scratch.window, scratch.sums},
                                  scratch.best);
       }
     }
-    float* state = args_.state + b * args_.state_stride_batch +
-                   (args_.state_rows == 1 ? 0 : n) * args_.state_stride_row + start;
+    float* state =
+        args_.state + b * args_.state_stride_batch + (args_.state_rows == 1 ? 0 : n) * args_.state_stride_row + start;
     score_kernels().fold(scratch.best, state, start, count, length, args_.pool_kernel_size,
                          args_.pool_edge == SPECPREFILL_POOL_VALID);
   }

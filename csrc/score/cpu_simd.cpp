@@ -1,7 +1,7 @@
 // The arithmetic of the score, built once per instruction set. Bytes: each key is read once, converted and transposed
-// into a panel that stays in L1; the weights of one KV head go once to memory and back (kTile at a time, so L2 serves it
-// for short prompts). Operations: 2 * rows * tokens * head_dim of the product; exponentials and pooling are 10 to 20 % of it.
-// GCC's own AVX-512 header starts from an undefined register, and GCC warns of it.
+// into a panel that stays in L1; the weights of one KV head go once to memory and back (kTile at a time, so L2 serves
+// it for short prompts). Operations: 2 * rows * tokens * head_dim of the product; exponentials and pooling are 10 to 20
+// % of it. GCC's own AVX-512 header starts from an undefined register, and GCC warns of it.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -72,7 +72,8 @@ static void pack_panel(const KeySource& keys, int64_t first, int64_t count, floa
 
 // ---- products: kRows query rows by one panel, accumulated in registers over head_dim ----
 
-static void multiply(const float* query, const float* panel, int64_t head_dim, int64_t rows, float* out, int64_t stride) {
+static void multiply(const float* query, const float* panel, int64_t head_dim, int64_t rows, float* out,
+                     int64_t stride) {
   vf sum[kRows][kVectors] = {};
   for (int64_t d = 0; d < head_dim; ++d) {
     vf key[kVectors];
@@ -103,45 +104,76 @@ SPECPREFILL_INLINE vf keep_within(vf x, int64_t i, int64_t low, int64_t high, vf
   return ((at >= (int32_t)low) & (at < (int32_t)high)) ? x : otherwise;
 }
 
-SPECPREFILL_INLINE bool any(vi x) {
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= x[i];
-  return bits != 0;
+constexpr int kUnroll = 4;  // independent maxima and sums, so that one need not wait for another
+static_assert(kTile % (kUnroll * kLanes) == 0, "a tile is whole unrolled steps");
+
+SPECPREFILL_INLINE int64_t steps_end(int64_t count) {
+  constexpr int64_t step = kUnroll * kLanes;
+  return (count + step - 1) / step * step;
+}
+
+// The row's scores, soft-capped and masked, back to x; their maximum. NaN passes unseen.
+template <bool kMasked>
+static float maximum_of(float* x, int64_t stop, int64_t low, int64_t high, float softcap) {
+  const vf nothing = splat(-__builtin_inff());
+  vf best[kUnroll] = {nothing, nothing, nothing, nothing};
+  for (int64_t i = 0; i < stop; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      float* p = x + i + u * kLanes;
+      vf s = load(p);
+      if (softcap != 0.0f) s = splat(softcap) * tanh(s);
+      if (kMasked) s = keep_within(s, i + u * kLanes, low, high, nothing);
+      if (kMasked || softcap != 0.0f) store(p, s);
+      best[u] = max(best[u], s);
+    }
+  }
+  return horizontal_max(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+// 2^(x - shift), back to x; their sum.
+template <bool kMasked>
+static float exponentials(float* x, int64_t stop, int64_t low, int64_t high, float shift) {
+  vf sum[kUnroll] = {};
+  for (int64_t i = 0; i < stop; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      float* p = x + i + u * kLanes;
+      vf e = exp2(load(p) - splat(shift));
+      if (kMasked) e = keep_within(e, i + u * kLanes, low, high, vf{});
+      sum[u] += e;
+      store(p, e);
+    }
+  }
+  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+static bool has_nan(const float* x, int64_t low, int64_t high) {
+  for (int64_t i = low; i < high; ++i) {
+    if (x[i] != x[i]) return true;
+  }
+  return false;
 }
 
 static void exponentiate(const ScoreTile& tile, int64_t row, float* x, float* maximum, float* sum) {
   const int64_t low = larger(tile.begin[row] - tile.first, 0);
   const int64_t high = smaller(tile.end[row] - tile.first, tile.count);
-  const vf nothing = splat(-__builtin_inff());
-  vf best = nothing, total = {};
-  vi bad = {};
+  const int64_t stop = steps_end(tile.count);
+  const bool masked = low > 0 || high < stop;
+  float shift = -__builtin_inff();
   if (low < high) {
-    for (int64_t i = 0; i < kTile; i += kLanes) {
-      vf s = load(x + i);
-      if (tile.softcap != 0.0f) s = splat(tile.softcap) * tanh(s);
-      s = keep_within(s, i, low, high, nothing);
-      best = max(best, s);
-      bad |= s != s;
-      store(x + i, s);
-    }
-  }
-  if (any(bad)) {  // the maximum would drop it; this way `combine` sees it
-    *maximum = __builtin_inff();
-    *sum = __builtin_nanf("");
-    return;
-  }
-  const float shift = tile.lse ? tile.lse[row] : horizontal_max(best);
-  if (!(low < high) || (!tile.lse && shift == -__builtin_inff())) {  // sees nothing here
-    for (int64_t i = 0; i < kTile; i += kLanes) store(x + i, vf{});
-  } else {
-    for (int64_t i = 0; i < kTile; i += kLanes) {
-      const vf e = keep_within(exp2(load(x + i) - splat(shift)), i, low, high, vf{});
-      total += e;
-      store(x + i, e);
-    }
+    shift = masked ? maximum_of<true>(x, stop, low, high, tile.softcap)
+                   : maximum_of<false>(x, stop, low, high, tile.softcap);
+    if (shift == -__builtin_inff() && has_nan(x, low, high)) shift = __builtin_inff();  // so that `combine` sees it
+    if (tile.lse) shift = tile.lse[row];
   }
   *maximum = shift;
-  *sum = horizontal_sum(total);
+  if (low >= high || (!tile.lse && shift == -__builtin_inff())) {  // sees nothing here
+    for (int64_t i = 0; i < stop; i += kLanes) store(x + i, vf{});
+    *sum = 0;
+    return;
+  }
+  *sum = masked ? exponentials<true>(x, stop, low, high, shift) : exponentials<false>(x, stop, low, high, shift);
 }
 
 static void score_tile(const ScoreTile& tile) {
@@ -187,8 +219,8 @@ static bool combine(float* maxima, const float* sums, int64_t num_tiles) {
 
 // ---- pooling ----
 
-// sums[i] = x[i] + ... + x[i + width - 1], from sums over 1, 2, 4, ... neighbours: log2(width) additions per element, in
-// an order that does not depend on where the tile begins. Destroys x.
+// sums[i] = x[i] + ... + x[i + width - 1], from sums over 1, 2, 4, ... neighbours: log2(width) additions per element,
+// in an order that does not depend on where the tile begins. Destroys x.
 static void window_sums(float* x, int64_t count, int64_t width, float* sums) {
   int64_t offset = 0, have = count + width - 1;
   for (int64_t power = 1; power <= width; power *= 2) {
@@ -206,23 +238,39 @@ static void window_sums(float* x, int64_t count, int64_t width, float* sums) {
   }
 }
 
-static void pool_max(const PoolRow& row, float* best) {
-  const int64_t half = row.width / 2;
-  const int64_t from = row.first - half, wanted = row.count + row.width - 1;
-  float* x = row.window;
-  const int64_t padded = wanted + 2 * 16;
-  for (int64_t i = 0; i < padded; i += kLanes) store(x + smaller(i, padded - kLanes), vf{});
-  const int64_t stop = smaller(from + wanted, row.length);
-  for (int64_t t = larger(from, 0); t < stop;) {
+// The same for the paper's width, whose 13 loads cost less than passes over memory.
+static void window_sums_13(const float* x, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const float* p = x + i;
+    const vf a = (load(p) + load(p + 1)) + (load(p + 2) + load(p + 3));
+    const vf b = (load(p + 4) + load(p + 5)) + (load(p + 6) + load(p + 7));
+    const vf c = (load(p + 8) + load(p + 9)) + (load(p + 10) + load(p + 11));
+    store(sums + i, (a + b) + (c + load(p + 12)));
+  }
+}
+
+// The probabilities of tokens [from, from + wanted), zero outside the prompt, and a vector of zeros behind.
+static void probabilities(const PoolRow& row, int64_t from, int64_t wanted, float* x) {
+  const int64_t start = larger(from, 0), stop = smaller(from + wanted, row.length);
+  for (int64_t i = 0; i < start - from; ++i) x[i] = 0;
+  for (int64_t t = start; t < stop;) {
     const int64_t tile = t / kTile, next = smaller((tile + 1) * kTile, stop);
     const vf factor = splat(row.factors[tile]);
-    for (; t + kLanes <= next; t += kLanes) store(x + (t - from), load(row.weights + t) * factor);
-    for (; t < next; ++t) x[t - from] = row.weights[t] * row.factors[tile];
+    // The last vector may run past `next`: what it writes there is overwritten by the next tile, or by zeros below.
+    for (int64_t i = t; i < next; i += kLanes) store(x + (i - from), load(row.weights + i) * factor);
+    t = next;
   }
-  const float* sums = x;
-  if (row.width > 1) {
+  for (int64_t i = stop - from; i < wanted + 16; ++i) x[i] = 0;
+}
+
+static void pool_max(const PoolRow& row, float* best) {
+  float* x = row.window;
+  probabilities(row, row.first - row.width / 2, row.count + row.width - 1, x);
+  const float* sums = row.width == 1 ? x : row.sums;
+  if (row.width == 13) {
+    window_sums_13(x, row.count, row.sums);
+  } else if (row.width > 1) {
     window_sums(x, row.count, row.width, row.sums);
-    sums = row.sums;
   }
   for (int64_t i = 0; i < row.count; i += kLanes) store(best + i, max(load(best + i), load(sums + i)));
 }

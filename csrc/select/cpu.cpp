@@ -60,7 +60,8 @@ int check(const specprefill_select& args) {
     SPECPREFILL_REQUIRE(args.keep > 0 && args.keep <= 1, "%s: expected a fraction in (0, 1], got %g", name, args.keep);
   }
   const int64_t width = specprefill_select_width(&args);
-  SPECPREFILL_REQUIRE(args.width >= width, "indices: expected room for %lld tokens, got %lld", ll(width), ll(args.width));
+  SPECPREFILL_REQUIRE(args.width >= width, "indices: expected room for %lld tokens, got %lld", ll(width),
+                      ll(args.width));
   return check_lengths("seq_lens", args.seq_lens, args.batch, args.max_len);
 }
 
@@ -112,7 +113,8 @@ class Selector {
     for (int64_t t = 0; t < length_; ++t) {
       const double x = importance[t * args_.importance_stride_token];
       if (!std::isfinite(x)) {
-        return fail(SPECPREFILL_NOT_FINITE, "importance[%lld, %lld]: expected a finite value, got %g", ll(b_), ll(t), x);
+        return fail(SPECPREFILL_NOT_FINITE, "importance[%lld, %lld]: expected a finite value, got %g", ll(b_), ll(t),
+                    x);
       }
       if (args_.budget == SPECPREFILL_KEEP_MASS && x < 0) {
         return fail(SPECPREFILL_INVALID_ARGUMENT,
@@ -171,7 +173,8 @@ class Selector {
     int64_t count = 0;
     for (size_t c = 0; c < kept_.size(); ++c) {
       if (!kept_[c]) continue;
-      const int64_t start = static_cast<int64_t>(c) * args_.chunk_size, stop = std::min(start + args_.chunk_size, length_);
+      const int64_t start = static_cast<int64_t>(c) * args_.chunk_size,
+                    stop = std::min(start + args_.chunk_size, length_);
       for (int64_t t = start; t < stop; ++t) out[count++] = static_cast<int32_t>(t);
     }
     std::fill(out + count, out + args_.width, -1);
