@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
 from loop_models import FAMILIES, PROMPT, SLIDING, VOCAB, build, byte_tokenizer, logits_by_hand, prompt
-from transformers import BartConfig, BartForCausalLM, GPT2Config, GPT2LMHeadModel, LogitsProcessor, set_seed
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    set_seed,
+)
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop import SpecPrefill
@@ -361,3 +373,77 @@ def test_windows_bind_in_these_models():
     """The sliding families of these tests really have windows shorter than their prompts."""
     for family in SLIDING:
         assert build(family).config.sliding_window < PROMPT // 2
+
+
+STATE_SPACE = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "eos_token_id": None}
+
+
+def state_space_base():
+    """Mamba: no attention, a cache of its own."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(**STATE_SPACE, initializer_range=0.5)).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def test_a_base_without_attention_runs_as_generate_runs_it():
+    base, ids = state_space_base(), prompt()
+    sp = SpecPrefill(base, build("llama"), config())
+    expected = ordinary(base, ids, 8, do_sample=False)
+    result = sp.generate(ids, 8)
+    assert list(result.tokens) == expected
+    assert result.mode == "dense"
+    assert result.reason.startswith("unsupported base (MambaForCausalLM): no attention")
+    assert set(result.seconds) == {"tokenize", "base_prefill", "decode"}
+    assert list(sp.stream(ids, 8)) == expected
+
+
+def test_errors_of_generate_reach_the_caller():
+    sp = SpecPrefill(state_space_base(), build("llama"), config())
+    with pytest.raises(ValueError, match="temprature"):
+        sp.generate(prompt(), 4, temprature=1.0)
+
+
+def test_an_abandoned_stream_stops_generating():
+    base = state_space_base()
+    forwards = []
+    base.register_forward_pre_hook(lambda *_: forwards.append(1))
+    stream = SpecPrefill(base, build("llama"), config()).stream(prompt(), 400)
+    next(stream)
+    del stream
+    gc.collect()
+    seen = len(forwards)
+    assert seen < 400
+    time.sleep(0.2)
+    assert len(forwards) == seen
+
+
+def test_a_speculator_with_too_short_a_context_runs_dense():
+    sp = SpecPrefill(build("llama", seed=7), build("llama", max_position_embeddings=100), config())
+    result = sp.generate(prompt(), 3)
+    assert (result.mode, result.backend) == ("dense", "none")
+    assert result.reason == "the speculator reads at most 100 tokens, the prompt has 150 of them"
+
+
+def test_protected_passages_survive():
+    tokenizer = byte_tokenizer()
+    sp = pipeline(tokenizer=tokenizer, keep_tokens=64)
+    text = "alpha beta gamma. " * 4 + "KEEP ME. " + "delta epsilon. " * 4 + "KEEP ME. " + "zeta eta theta. " * 3
+    kept = sp.select(text, protect=["KEEP ME."]).kept_indices.tolist()
+    for start in (text.find("KEEP"), text.rfind("KEEP")):
+        assert set(range(start, start + 8)) <= set(kept)  # one byte, one token
+    assert not set(range(text.find("KEEP"), text.find("KEEP") + 8)) <= set(sp.select(text).kept_indices.tolist())
+    with pytest.raises(ValueError, match=r"^protect: expected a passage"):
+        sp.select(text, protect=["not there"])
+    with pytest.raises(ValueError, match=r"^protect: expected \(start, end\) spans"):
+        sp.select(tokenizer(text)["input_ids"], protect=["KEEP ME."])
+
+
+def test_template_options_reach_the_chat_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ greeting }} {{ messages[0]['content'] }}"
+    sp = pipeline(tokenizer=tokenizer)
+    messages, options = [{"role": "user", "content": "hello " * 20}], {"greeting": "well,"}
+    assert tokenizer.decode(sp.select(messages, template_options=options).input_ids).startswith("well, hello")
+    result = sp.generate(messages, 2, template_options=options)
+    assert tokenizer.decode(result.selection.input_ids).startswith("well, hello")

@@ -1,15 +1,18 @@
 """SpecPrefill: the whole path, from a prompt to an answer whose first token comes early."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.decoding import PieceDecoder, decode, plan_decoding
+from specprefill_kernels.loop.plain import generate_plainly
 from specprefill_kernels.loop.prefill import BaseRun
-from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens
-from specprefill_kernels.loop.results import GenerationResult, PromptSelection, Span
+from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens, spans_of
+from specprefill_kernels.loop.results import GenerationResult, PromptSelection
 from specprefill_kernels.loop.selecting import Selector
 from specprefill_kernels.loop.speculator import Speculator
 from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
@@ -81,6 +84,7 @@ class SpecPrefill:
             # The lower layers alone decode nothing.
             config = config.replace(queries="observation_window")
         scorer = base if speculator is None else speculator
+        self.base_problem = base_problem(base)
         problem = _problem(base, scorer)
         if problem is not None:
             logger.warning("every prompt will run dense: %s", problem)
@@ -96,20 +100,23 @@ class SpecPrefill:
             base.device,
         )
 
-    def select(self, prompt: Any, protect: Any = None) -> Any:
+    def select(self, prompt: Any, protect: Any = None, *, template_options: Mapping[str, Any] | None = None) -> Any:
         """Which tokens the base would read, without running it.
 
         Args:
             prompt: text, token ids (a list or a tensor), chat messages (a list of dicts), or a list of those.
-            protect: (start, end) token spans that must survive, end exclusive; for a list of prompts, one list (or
+            protect: what must survive: (start, end) token spans, end exclusive, or passages of the prompt's text (a
+                system prompt, tool definitions), in all their occurrences. For a list of prompts, one such list (or
                 None) per prompt.
+            template_options: for chat messages, what the chat template takes: {"tools": [...]}.
 
         Returns:
             A `PromptSelection`, or a list of them for a list of prompts.
         """
         if is_batch(prompt):
-            return [self._select(one, spans)[1] for one, spans in zip(prompt, _protect_each(protect, len(prompt)))]
-        return self._select(prompt, protect)[1]
+            spans = _protect_each(protect, len(prompt))
+            return [self.select(one, keep, template_options=template_options) for one, keep in zip(prompt, spans)]
+        return self._select(prompt, protect, template_options, StageClock(*self._devices))[1]
 
     def generate(
         self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
@@ -117,7 +124,7 @@ class SpecPrefill:
         """Answer one prompt, or each of a list.
 
         Args:
-            prompt, protect: as in `select`.
+            prompt, protect: as in `select`; so is the keyword `template_options`.
             max_new_tokens: at most this many tokens; EOS and the model's other stopping criteria end earlier.
             do_sample: greedy when False.
             options: whatever `model.generate` takes to choose tokens: temperature, top_p, repetition_penalty,
@@ -151,12 +158,14 @@ class SpecPrefill:
         return TokenStream(_Generation(self, prompt, protect, max_new_tokens, do_sample, options), self.tokenizer)
 
     def _select(
-        self, prompt: Any, protect: Sequence[Span] | None, clock: StageClock | None = None
+        self, prompt: Any, protect: Any, template_options: Mapping[str, Any] | None, clock: StageClock
     ) -> tuple[Prompt, PromptSelection]:
-        clock = clock or StageClock(*self._devices)
         with clock.stage("tokenize"):
-            read = read_prompt(prompt, self.tokenizer)
-        return read, self._selector.select(read, protect, clock)
+            read = read_prompt(prompt, self.tokenizer, template_options)
+            spans: list[Any] = []
+            for item in protect or ():
+                spans.extend(spans_of(read, item, self.tokenizer) if isinstance(item, str) else [item])
+        return read, self._selector.select(read, spans, clock)
 
 
 class _Generation:
@@ -166,7 +175,7 @@ class _Generation:
         self,
         owner: SpecPrefill,
         prompt: Any,
-        protect: Sequence[Span] | None,
+        protect: Any,
         max_new_tokens: int,
         do_sample: bool,
         options: dict[str, Any],
@@ -178,6 +187,7 @@ class _Generation:
         self._protect = protect
         self._max_new_tokens = max_new_tokens
         self._do_sample = do_sample
+        self._template_options = options.pop("template_options", None)
         self._options = options
         self._clock = StageClock(*owner._devices)
         self._generated: list[int] = []
@@ -186,24 +196,12 @@ class _Generation:
     def tokens(self) -> Iterator[int]:
         """Run, token by token. The caller's own time between two tokens is not counted."""
         owner, clock = self._owner, self._clock
-        prompt, selection = owner._select(self._prompt, self._protect, clock)
+        prompt, selection = owner._select(self._prompt, self._protect, self._template_options, clock)
         self._selection = selection
         base: Any = owner.base
         with clock.stage("base_prefill"):
             input_ids = prompt.input_ids.to(base.device)
-            plan = plan_decoding(
-                base,
-                input_ids,
-                max_new_tokens=self._max_new_tokens,
-                do_sample=self._do_sample,
-                tokenizer=owner.tokenizer,
-                **self._options,
-            )
-            sparse = selection.mode == "sparse"
-            run = BaseRun(base, input_ids.shape[1], sparse=sparse, room=self._max_new_tokens)
-            kept = selection.kept_indices
-            logits = run.prefill(input_ids[:, kept] if sparse else input_ids, kept)
-            tokens = decode(plan, input_ids, logits, run.step)
+            tokens = self._start(input_ids, selection)
             token = next(tokens)
         while True:
             self._generated.append(token)
@@ -213,6 +211,24 @@ class _Generation:
             if following is None:
                 return
             token = following
+
+    def _start(self, input_ids: Tensor, selection: PromptSelection) -> Iterator[int]:
+        """Prefill, and hand out the tokens that follow."""
+        owner, base = self._owner, self._owner.base
+        options = {
+            "max_new_tokens": self._max_new_tokens,
+            "do_sample": self._do_sample,
+            "tokenizer": owner.tokenizer,
+            **self._options,
+        }
+        if owner.base_problem is not None:
+            return generate_plainly(base, input_ids, **options)
+        plan = plan_decoding(base, input_ids, **options)
+        sparse = selection.mode == "sparse"
+        run = BaseRun(base, input_ids.shape[1], sparse=sparse, room=self._max_new_tokens)
+        kept = selection.kept_indices
+        logits = run.prefill(input_ids[:, kept] if sparse else input_ids, kept)
+        return decode(plan, input_ids, logits, run.step)
 
     def result(self) -> GenerationResult:
         selection = self._selection
@@ -300,4 +316,4 @@ def _protect_each(protect: Any, count: int) -> list[Any]:
 
 
 def _are_spans(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(span, Sequence) and len(span) == 2 for span in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (str, list, tuple)) for item in value)

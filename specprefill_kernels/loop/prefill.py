@@ -25,7 +25,7 @@ from specprefill_kernels.loop.attention import (
     implementation_of,
 )
 from specprefill_kernels.loop.cache import full_cache
-from specprefill_kernels.loop.support import num_layers
+from specprefill_kernels.loop.support import head_options, num_layers
 
 
 class PositionalAttention:
@@ -98,6 +98,7 @@ class BaseRun:
         self.cache = full_cache(num_layers(model), room) if sparse else DynamicCache(config=model.config)
         self._configs = attention_configs(model) if sparse else []
         self._implementation = implementation_of(model)
+        self._head = head_options(model)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class BaseRun:
             "position_ids": positions[None],
             "past_key_values": self.cache,
             "use_cache": True,
-            "logits_to_keep": 1,
+            **self._head,
         }
         if not self._sparse:
             output = self._model(**arguments)

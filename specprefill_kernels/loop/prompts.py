@@ -8,7 +8,7 @@ token has its characters in the speculator's text, and offsets cannot go out of 
 not know are plain text to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels.loop.align import project_importance
+from specprefill_kernels.loop.results import Span
 
 Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt in the base's tokens: `input_ids` [1, T] on the CPU, and the text they came from, if known."""
+    """One prompt in the base's tokens: `input_ids` [1, T] on the CPU, and the text they came from, if known.
+
+    `templated` says that a chat template has written the special tokens into the text.
+    """
 
     input_ids: Tensor
     text: str | None = None
@@ -34,8 +38,10 @@ def is_batch(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and not isinstance(prompt[0], (int, dict))
 
 
-def read_prompt(prompt: Any, tokenizer: Any) -> Prompt:
+def read_prompt(prompt: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> Prompt:
     """Ids of one prompt: text, chat messages, ids as a list, or a tensor [T] or [1, T].
+
+    `template_options` go to the chat template: `tools`, `enable_thinking`, ...
 
     Raises:
         ValueError: an empty prompt, a batch of rows, or text without a tokenizer.
@@ -51,7 +57,8 @@ def read_prompt(prompt: Any, tokenizer: Any) -> Prompt:
         ids = _need(tokenizer)(prompt)["input_ids"]
         return _checked(Prompt(torch.tensor([ids], dtype=torch.int64), prompt))
     if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
-        text = _need(tokenizer).apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        options = {"add_generation_prompt": True, **(template_options or {})}
+        text = _need(tokenizer).apply_chat_template(list(prompt), tokenize=False, **options)
         # The template has written the special tokens out already.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return _checked(Prompt(torch.tensor([ids], dtype=torch.int64), text, templated=True))
@@ -70,6 +77,29 @@ def _need(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise ValueError("tokenizer: expected one for a prompt of text or messages, got None")
     return tokenizer
+
+
+def spans_of(prompt: Prompt, passage: str, tokenizer: Any) -> list[Span]:
+    """Token spans of every place where `passage` stands in the prompt's text; a token that touches it is in.
+
+    Raises:
+        ValueError: the passage is not there, or the tokenizer has no offsets.
+    """
+    if prompt.text is None or not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "protect: expected (start, end) spans where the prompt came as ids or the tokenizer is slow, got text"
+        )
+    encoded = tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
+    found: list[Span] = []
+    start = prompt.text.find(passage) if passage else -1
+    while start >= 0:
+        end = start + len(passage)
+        inside = [i for i, (left, right) in enumerate(encoded["offset_mapping"]) if left < end and right > start]
+        found.append((inside[0], inside[-1] + 1))
+        start = prompt.text.find(passage, end)
+    if not found:
+        raise ValueError(f"protect: expected a passage of the prompt's text, got {passage!r}")
+    return found
 
 
 def same_tokens(a: Any, b: Any) -> bool:

@@ -21,13 +21,13 @@ from specprefill_kernels.loop.attention import attention_configs
 from specprefill_kernels.loop.cache import full_cache
 from specprefill_kernels.loop.capture import Capture, LayerCapture
 from specprefill_kernels.loop.clock import StageClock
-from specprefill_kernels.loop.support import num_layers
+from specprefill_kernels.loop.support import context_length, head_options, num_layers
 from specprefill_kernels.ops.finalize import finalize_importance
 from specprefill_kernels.ops.score import new_state, score_layers_
 
 
 class NothingToScore(RuntimeError):
-    """No layer is left to score; the message says why."""
+    """This prompt cannot be scored, or no layer is left to score; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Speculator:
         self._layers = _wanted_layers(config.score_layers, layer_range, self._num_layers)
         self._last_layer = self._num_layers - 1 if self._layers is None else max(self._layers)
         self._eos = _eos_ids(model)
+        self._head = head_options(model)
+        self._context = context_length(model)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, clock: StageClock | None = None) -> Speculation:
@@ -76,8 +78,13 @@ class Speculator:
             clock: takes the seconds of "speculator_prefill", "look_ahead" and "score".
 
         Raises:
-            NothingToScore: `window="skip"` left no layer, or the model's attention was never called.
+            NothingToScore: the prompt is longer than the model's context, `window="skip"` left no layer, or the model's
+                attention was never called.
         """
+        if self._context is not None and input_ids.shape[1] > self._context:
+            raise NothingToScore(
+                f"the speculator reads at most {self._context} tokens, the prompt has {input_ids.shape[1]} of them"
+            )
         clock = clock or StageClock(input_ids.device)
         capture = Capture(self._configs, self._layers, self._last_layer)
         if self.config.queries == "observation_window":
@@ -115,7 +122,7 @@ class Speculator:
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
         # No position_ids: they are contiguous, so the model's own counting (from the cache's length) is right.
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._head)
         logits: Tensor = output.logits
         return logits
 
@@ -130,14 +137,16 @@ class Speculator:
                 raise NothingToScore('every scored layer has a sliding window shorter than the prompt (window="skip")')
 
         first = next(iter(layers.values()))
-        device = first.key.device
         rows = sum(piece.shape[1] for piece in first.queries)
-        state = new_state(1, config.look_ahead, seq_len, device=device)
-        seq_lens = torch.tensor([seq_len], dtype=torch.int32, device=device)
-        num_look_ahead = torch.tensor([rows], dtype=torch.int32, device=device)
+        states: dict[torch.device, Tensor] = {}  # a model may be spread over devices; nearly always there is one
         for group in _groups(list(layers.values())):
+            device = group[0].key.device
+            if device not in states:
+                states[device] = new_state(1, config.look_ahead, seq_len, device=device)
+            seq_lens = torch.tensor([seq_len], dtype=torch.int32, device=device)
+            num_look_ahead = torch.tensor([rows], dtype=torch.int32, device=device)
             score_layers_(
-                state,
+                states[device],
                 [_padded(layer.queries, config.look_ahead) for layer in group],
                 [layer.key for layer in group],
                 layout="bhtd",
@@ -153,10 +162,13 @@ class Speculator:
                 pool_order=config.pool_order,
                 backend=config.backend,
             )
+        device, state = next(iter(states.items()))
+        for other in list(states.values())[1:]:
+            state = torch.maximum(state, other.to(device))
         importance = finalize_importance(
             state,
-            seq_lens,
-            num_look_ahead,
+            torch.tensor([seq_len], dtype=torch.int32, device=device),
+            torch.tensor([rows], dtype=torch.int32, device=device),
             reduce=config.reduce,
             backend=config.backend,
             pool_kernel_size=config.pool_kernel_size if config.pool_order == "after_max" else None,

@@ -21,12 +21,23 @@ def layer_types(model: Any) -> list[str]:
     return list(types)
 
 
+def head_options(model: Any) -> dict[str, int]:
+    """Keywords that make a forward compute the last token's logits only, where the model knows how."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens the model was made for, if its config says."""
+    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def speculator_problem(model: Any) -> str | None:
     """Why this model's attention cannot be scored, or None."""
     if model.config.is_encoder_decoder:
         return "an encoder-decoder model"
     if not getattr(model, "_supports_attention_backend", False):
-        return "its attention does not go through Transformers' AttentionInterface"
+        return "no attention that goes through Transformers' AttentionInterface"
     unknown = sorted(set(layer_types(model)) - SCORED_LAYERS)
     if unknown:
         return f"{', '.join(unknown)} layers"
