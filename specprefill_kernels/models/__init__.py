@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specprefill_kernels.models import cache
-from specprefill_kernels.models.convert import convert, quiet
-from specprefill_kernels.models.fetch import FetchError, fetch, sha256
 from specprefill_kernels.models.progress import LogProgress, Progress, RichProgress, default_progress
 from specprefill_kernels.models.registry import REGISTRY, ModelEntry
+from specprefill_kernels.models.sources import FetchError, fetch, sha256
+from specprefill_kernels.models.unpack import convert, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def ensure(name_or_path: str | os.PathLike[str], progress: Progress | None = Non
             record={"name": entry.name, "hub_id": entry.hub_id, "sha256": entry.sha256, "license": entry.license},
         )
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
     if path.suffix == ".gguf":
         if not path.is_file():

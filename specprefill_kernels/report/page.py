@@ -39,8 +39,8 @@ def _lead(c: Comparison) -> str:
     if c.mode != "sparse":
         return f"{escape(c.base)} read all {c.prompt_tokens:,} tokens."
     return (
-        f"<b>{escape(c.speculator)}</b> read the whole prompt and marked what matters. "
-        f"<b>{escape(c.base)}</b> then read only {c.kept_tokens:,} of {c.prompt_tokens:,} tokens ({c.kept_share:.0%}), at their original positions."
+        f"<b>{escape(c.speculator)}</b> read the whole prompt and marked what matters. <b>{escape(c.base)}</b> then "
+        f"read {c.kept_tokens:,} of {c.prompt_tokens:,} tokens ({c.kept_share:.0%}), at their original positions."
     )
 
 

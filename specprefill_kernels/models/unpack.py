@@ -29,7 +29,7 @@ def convert(gguf: Path, target: Path, title: str, progress: Progress) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     package_root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", __name__, str(gguf), str(target)]
+    command = [sys.executable, "-m", "specprefill_kernels.models.unpack", str(gguf), str(target)]
     with progress.task(f"{title}: unpacking to {STORED_DTYPE}, once", steps=True) as task:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, bufsize=0)
         said = ""
