@@ -29,11 +29,9 @@ def oracle(importance: list[float], spec: list[tuple[int, int]], base: list[tupl
     for start, end in base:
         best = []
         for value, (s, e) in zip(importance, spec, strict=True):
-            if start < end:
-                hit = any(s <= char < e for char in range(start, end))
-            else:
-                hit = s <= start <= e
-            if hit:
+            covered = any(s <= char < e for char in range(start, end))
+            touched = start == end and s <= start <= e
+            if covered or touched:
                 best.append(value)
         out.append(max(best, default=0.0))
     return out
@@ -42,7 +40,8 @@ def oracle(importance: list[float], spec: list[tuple[int, int]], base: list[tupl
 def check(importance: list[float], spec: list[tuple[int, int]], base: list[tuple[int, int]]) -> torch.Tensor:
     tensor = torch.tensor(importance, dtype=torch.float32)
     got = project_importance(tensor, spec, base)
-    assert got.shape == (len(base),) and got.dtype == tensor.dtype
+    assert got.shape == (len(base),)
+    assert got.dtype == tensor.dtype
     assert got.tolist() == oracle(tensor.tolist(), spec, base)
     return got
 
@@ -60,7 +59,7 @@ def test_any_spans_match_the_oracle(spec: list[tuple[int, int]], base: list[tupl
 
 
 def segment(text: str, rng: random.Random) -> list[tuple[int, int]]:
-    """Cuts the UTF-8 bytes at random and reports characters, as byte-level tokenizers do: pieces of one character share it."""
+    """Cuts the UTF-8 bytes at random; reports characters as byte-level tokenizers do: pieces of one share its span."""
     byte_to_char = [index for index, char in enumerate(text) for _ in char.encode()]
     cuts = sorted({0, len(byte_to_char), *(rng.randrange(len(byte_to_char) + 1) for _ in range(len(text)))})
     return [(byte_to_char[a], byte_to_char[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
@@ -151,7 +150,8 @@ def test_offsets_may_be_tensors_and_dtype_is_kept() -> None:
     got = project_importance(
         importance, torch.tensor([[0, 2], [2, 4]]), torch.tensor([[0, 1], [1, 4]], dtype=torch.int32)
     )
-    assert got.dtype == torch.float64 and got.tolist() == [0.5, 0.5]
+    assert got.dtype == torch.float64
+    assert got.tolist() == [0.5, 0.5]
 
 
 def test_a_long_document_is_fast_enough_to_be_vectorised() -> None:
@@ -188,7 +188,8 @@ def test_file_stands_alone() -> None:
     """No model, no compiled module: anyone with offsets can use this file by itself."""
     path = Path(sys.modules[project_importance.__module__].__file__ or "")
     spec = importlib.util.spec_from_file_location("align_alone", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.project_importance(torch.ones(1), [(0, 1)], [(0, 1)]).tolist() == [1.0]

@@ -4,8 +4,8 @@ Both tokenizers read the same text and report the character span of every token,
 
     importance_base[b] = max over the speculator tokens that share a character with base token b
 
-The largest and not the mean: a base token that holds one important character has to be kept whole, and a long unimportant
-neighbour must not water it down. Kept tokens then err on the safe side.
+The largest and not the mean: a base token that holds one important character has to be kept whole, and a long
+unimportant neighbour must not water it down. Kept tokens then err on the safe side.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def project_importance(importance_spec: torch.Tensor, spec_offsets: Offsets, bas
         base_offsets: ``Tb`` such pairs in the same text.
 
     Returns:
-        ``[Tb]``, dtype and device of ``importance_spec``. A base token that overlaps no speculator token gets 0. An empty
-        span (special tokens; byte pieces of some tokenizers) is a point: it takes the largest importance of the speculator
-        tokens that contain or touch that point, and an empty speculator span reaches only empty base spans at its point.
+        ``[Tb]``, dtype and device of ``importance_spec``. A base token that overlaps no speculator token gets 0. An
+        empty span (special tokens; byte pieces of some tokenizers) is a point: it takes the largest importance of the
+        speculator tokens that contain or touch that point, and an empty speculator span reaches only empty base spans
+        at its point.
 
     Raises:
         ValueError: an argument has the wrong shape, or a span ends before it starts or starts below 0.
