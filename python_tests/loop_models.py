@@ -14,7 +14,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    set_seed,
 )
+
+from specprefill_kernels import SpecPrefillConfig
+from specprefill_kernels.loop import SpecPrefill
 
 VOCAB = 300
 WINDOW = 24  # shorter than every prompt of these tests
@@ -132,3 +136,19 @@ def byte_tokenizer(merges: tuple[tuple[str, str], ...] = (), *, bos: bool = Fals
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return fast
+
+
+def config(**changes):
+    return SpecPrefillConfig(**{"keep_ratio": 0.4, "chunk_size": 16, "min_prompt_tokens": 0, **changes})
+
+
+def pipeline(family="llama", *, base=None, **changes):
+    keywords = {name: changes.pop(name) for name in ("tokenizer", "self_layers") if name in changes}
+    base = build(family, seed=7) if base is None else base
+    speculator = None if "self_layers" in keywords else build(family, seed=3)
+    return SpecPrefill(base, speculator, config(**changes), **keywords)
+
+
+def ordinary(model, ids, count, **options):
+    set_seed(0)
+    return model.generate(ids, max_new_tokens=count, **options)[0, ids.shape[1] :].tolist()

@@ -7,8 +7,10 @@ import torch
 from loop_models import FAMILIES, PROMPT, SLIDING, build, logits_by_hand, prompt
 from transformers import AttentionInterface, DynamicCache
 
+from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop.attention import PREFIX
 from specprefill_kernels.loop.prefill import BaseRun
+from specprefill_kernels.loop.speculator import Speculator
 
 KEPT = torch.cat([torch.arange(0, 20), torch.arange(37, 60), torch.arange(118, PROMPT)])
 
@@ -101,6 +103,11 @@ class FakeFlash:
         model.config._attn_implementation_internal = "flash_attention_2"
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
+        # The real one loads its kernel by this name, and reads these attributes.
+        assert module.config._attn_implementation == "flash_attention_2"
+        assert module.config.hidden_size == self.model.config.hidden_size
+        assert module.is_causal
+        assert any(isinstance(layer, torch.nn.Linear) for layer in module.modules())
         self.calls.append((module.layer_idx, attention_mask, kwargs))
         kwargs.pop("position_ids", None)
         return AttentionInterface()["sdpa"](module, query, key, value, None, **kwargs)
@@ -124,8 +131,19 @@ def test_flash_attention_never_sees_gapped_position_ids(flash):
     assert all(mask is None and kwargs.get("position_ids") is None for _, mask, kwargs in fake.calls)
 
 
-def test_only_sliding_layers_leave_flash_attention(flash):
-    model, ids = build("qwen2_sliding"), prompt()
+def test_a_speculator_keeps_flash_attention(flash):
+    model, ids = build("llama"), prompt()
+    plain = Speculator(model, SpecPrefillConfig()).score(ids)
+    fake = flash(model)
+    hooked = Speculator(model, SpecPrefillConfig()).score(ids)
+    torch.testing.assert_close(hooked.importance, plain.importance)
+    assert len(fake.calls) == 8 * model.config.num_hidden_layers - 1  # the last row's last layer is not run
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("family", ["qwen2_sliding", "gemma3"])
+def test_only_sliding_layers_leave_flash_attention(flash, family):
+    model, ids = build(family), prompt()
     right = run_by_hand(model, ids, 3)
     fake = flash(model)
     torch.testing.assert_close(run_sparse(model, ids, 3), right, atol=2e-4, rtol=2e-4)

@@ -48,8 +48,31 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Attentio
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
+class _View:
+    """An object with some attributes replaced, for whoever reads them. The object itself is not touched."""
+
+    def __init__(self, target: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def _under_its_own_name(function: Attention, implementation: str) -> Attention:
+    """Flash attention loads its kernel by the name in `module.config`, where it must not find ours."""
+
+    def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = _View(module.config, _attn_implementation=implementation)
+        return function(_View(module, config=config), *args, **kwargs)
+
+    return call
+
+
 def _dispatch(implementation: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     ordinary = attention_function(module, implementation)
+    if implementation not in ("sdpa", "eager"):
+        ordinary = _under_its_own_name(ordinary, implementation)
     handler = _handler.get()
     if handler is None:  # another thread runs this model while it is hooked
         return ordinary(module, *args, **kwargs)
