@@ -26,7 +26,6 @@ ROOMS = {
     "gather_kv": "gather",
     "select_tokens": "select_tokens",
 }
-# select_tokens has no code of its own on the CPU: it runs the other three one after the other.
 SUBMODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernel", "cuda": "cuda"}
 
 
@@ -42,7 +41,7 @@ def _load(op: str, backend: str) -> tuple[Any, str | None]:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            return None, f"this version has no {backend} implementation of {op}"
+            return None, f"this version has no {backend} implementation"
         return None, f"{error.name} is not installed"
     except Exception as error:  # a broken install must say what is broken, not take the other backends down
         return None, f"{type(error).__name__}: {error}"

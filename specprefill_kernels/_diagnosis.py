@@ -57,14 +57,16 @@ def show_config() -> str:
         "",
         f"{'op':<22}" + "".join(f"{backend:<12}" for backend in _backends.BACKENDS),
     ]
-    reasons: dict[str, str] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for op in _backends.ROOMS:
-        cells = []
-        for backend, reason in _backends.available_backends(op).items():
-            cells.append(f"{'yes' if reason is None else 'no':<12}")
-            if reason is not None:
-                reasons[f"{op} on {backend}"] = reason
-        lines.append(f"{op:<22}" + "".join(cells))
-    if reasons:
-        lines += ["", *(f"{where}: {why}" for where, why in reasons.items())]
+        reasons = _backends.available_backends(op)
+        lines.append(f"{op:<22}" + "".join(f"{'no' if reason else 'yes':<12}" for reason in reasons.values()))
+        for backend, reason in reasons.items():
+            if reason:
+                missing.setdefault((backend, reason), []).append(op)
+    if missing:
+        lines.append("")
+    for (backend, reason), ops in missing.items():
+        where = "all ops" if len(ops) == len(_backends.ROOMS) else ", ".join(ops)
+        lines.append(f"no {backend} for {where}: {reason}")
     return "\n".join(lines)
