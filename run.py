@@ -234,7 +234,7 @@ def main(argv: list[str]) -> int:
         return 1
     python = str(PYTHON)
     if job == "demo":
-        return call(python, "-m", "specprefill_kernels.cli", "demo", *args)
+        return call(str(VENV / "bin" / "specprefill"), "demo", *args)
     if job == "test":
         return call(python, "-m", "pytest", *args)
     if job == "lint":
