@@ -59,9 +59,13 @@ def test_against_the_oracle(backend):
 
 
 def test_lse_and_key_scale_are_lists(backend):
-    case = BASE.but(lse=True, key_scale=0.5)
-    problems = layers_of(case)
-    same(run_layers(problems, backend), one_by_one(layers_of(case), backend))
+    """Each layer has its own."""
+    cases = [BASE.but(lse=True, key_scale=scale, seed=i) for i, scale in enumerate((0.5, 1.5, 1.0))]
+    problems = [draw(case) for case in cases]
+    expected = np.maximum.reduce([problem.expected() for problem in problems])
+    together = run_layers(problems, backend)
+    assert_close(together.numpy(), expected)
+    same(together, one_by_one([draw(case) for case in cases], backend))
 
 
 @pytest.mark.parametrize("windows", [5, [None, 5, 9], [3, None, None]], ids=str)

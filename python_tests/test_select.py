@@ -87,10 +87,10 @@ def test_the_rank_is_compared_in_fp32(backend):
 
 
 def test_the_mean_is_summed_in_fp64(backend):
-    """A one and many epsilons: a running fp32 sum would not count them."""
+    """Two large values cancel; in fp32, where 1e8 is a multiple of 8, they would swallow the small ones between them."""
     importance = torch.zeros(1, 64)
-    importance[0, :32] = torch.tensor([1.0] + [2.0**-25] * 31)
-    importance[0, 32:] = torch.tensor([1.0 + 2.0**-22] + [0.0] * 31)
+    importance[0, :32] = torch.tensor([1e8, *[0.3] * 30, -1e8])
+    importance[0, 32] = 8.9
     assert compare(backend, importance, keep_tokens=32).spans(0) == [(0, 32)]
 
 
