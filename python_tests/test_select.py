@@ -87,7 +87,7 @@ def test_the_rank_is_compared_in_fp32(backend):
 
 
 def test_the_mean_is_summed_in_fp64(backend):
-    """Two large values cancel; in fp32, where 1e8 is a multiple of 8, they would swallow the small ones between them."""
+    """Two large values cancel; in fp32, where steps at 1e8 are 8 wide, they would swallow the small ones between."""
     importance = torch.zeros(1, 64)
     importance[0, :32] = torch.tensor([1e8, *[0.3] * 30, -1e8])
     importance[0, 32] = 8.9
