@@ -202,6 +202,16 @@ def test_without_the_command_lines_parts(missing: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_show_config_prints_where_torch_is_broken() -> None:
+    start = "import sys; sys.modules['torch'] = None; sys.argv = ['specprefill', 'show-config']; "
+    done = python(start + "from specprefill_kernels.cli import main; main()")
+    assert done.returncode == 0, done.stderr
+    assert "failed: " in next(line for line in done.stdout.splitlines() if line.startswith("torch "))
+    done = python(start + "import specprefill_kernels; specprefill_kernels.score_layer_")
+    assert "ImportError: specprefill_kernels cannot be used" in done.stderr
+    assert "torch" in done.stderr
+
+
 @pytest.mark.parametrize("module", ["specprefill_kernels", "specprefill_kernels.cli"])
 def test_both_modules_run(module: str) -> None:
     done = python(

@@ -1,28 +1,78 @@
-"""`show_config`: what is installed and which backend runs which op. It always answers, even on a broken install."""
+"""What `show_config` and `specprefill show-config` print: versions, build, processor, models, op x backend.
 
+Each line is asked for by itself, so a broken part costs its own line only; even torch may be missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
-from specprefill_kernels import _backends, _native
-from specprefill_kernels._version import __version__
-
-_PACKAGES = ("torch", "triton", "transformers", "numpy")
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "huggingface_hub", "typer", "rich")
 
 
-def _version(package: str) -> str:
+def config_rows() -> list[tuple[str, str]]:
+    """(name, value) of the install, the machine, the models and op x backend; never raises."""
+    rows = [
+        ("specprefill_kernels", _guarded(_own_version)),
+        ("python", f"{platform.python_version()} at {sys.executable}"),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"),
+    ]
+    rows += [(name, _guarded(lambda name=name: _package(name))) for name in _PACKAGES]  # type: ignore[misc]
+    rows += [
+        ("torch threads", _guarded(_threads)),
+        ("gpu", _guarded(_gpu)),
+        ("build", _guarded(_build)),
+        ("compiled kernels", _guarded(_compiled)),
+        ("model cache", _guarded(_cache)),
+        *_models(),
+        *_ops(),
+    ]
+    return rows
+
+
+def show_config() -> str:
+    """Versions, build, processor, models, and op x backend with the reason where one is missing, as plain text.
+
+    Always answers: what cannot be found out says why in its own line.
+    """
+    return "\n".join(f"{name:<26}{value}" for name, value in config_rows())
+
+
+def _guarded(question: Callable[[], str]) -> str:
     try:
-        return metadata.version(package)
+        return question()
+    except BaseException as error:  # a package that is broken enough may even raise SystemExit on import
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = str(error).strip().splitlines()
+        return f"failed: {type(error).__name__}{': ' + text[0] if text else ''}"
+
+
+def _own_version() -> str:
+    from specprefill_kernels._version import __version__
+
+    return __version__
+
+
+def _package(name: str) -> str:
+    try:
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+    importlib.import_module(name)  # installed and importable are two things
+    return version
 
 
-def _build() -> str:
-    try:
-        from specprefill_kernels._build_info import BUILD_INFO
-    except ImportError:
-        return "not built: pure Python"
-    return ", ".join(f"{key}={value}" for key, value in BUILD_INFO.items())
+def _threads() -> str:
+    import torch
+
+    return str(torch.get_num_threads())
 
 
 def _gpu() -> str:
@@ -30,43 +80,74 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
-def _guarded(question: object) -> str:
+def _build() -> str:
     try:
-        return str(question())  # type: ignore[operator]
-    except Exception as error:  # a diagnosis that dies of what it should report helps nobody
-        return f"failed: {type(error).__name__}: {error}"
+        from specprefill_kernels._build_info import BUILD_INFO
+    except ImportError:
+        return "not built: pure Python"
+    left_out: Any = BUILD_INFO.get("left_out") or {}
+    parts = [f"{BUILD_INFO['mode']}, {BUILD_INFO.get('compiler', 'nothing compiled')}"]
+    parts += [f"no {what}: {why}" for what, why in left_out.items()]
+    return "; ".join(parts)
 
 
-def _instruction_set() -> str:
+def _compiled() -> str:
+    from specprefill_kernels import _native
+
     reason = _native.unavailable()
-    return reason if reason else str(_native.module().instruction_set())
+    return f"no: {reason}" if reason else f"yes, {_native.module().instruction_set()}"
 
 
-def show_config() -> str:
-    """Versions, build, processor, and op x backend with the reason where one is missing, as plain text."""
-    lines = [
-        f"specprefill_kernels {__version__}",
-        f"python              {sys.version.split()[0]} on {platform.system()} {platform.machine()}",
-        *(f"{package:<20}{_version(package)}" for package in _PACKAGES),
-        f"build               {_guarded(_build)}",
-        f"instruction set     {_guarded(_instruction_set)}",
-        f"gpu                 {_guarded(_gpu)}",
-        "",
-        f"{'op':<22}" + "".join(f"{backend:<12}" for backend in _backends.BACKENDS),
-    ]
-    missing: dict[tuple[str, str], list[str]] = {}
-    for op in _backends.ROOMS:
-        reasons = _backends.available_backends(op)
-        lines.append(f"{op:<22}" + "".join(f"{'no' if reason else 'yes':<12}" for reason in reasons.values()))
-        for backend, reason in reasons.items():
-            if reason:
-                missing.setdefault((backend, reason), []).append(op)
-    if missing:
-        lines.append("")
-    for (backend, reason), ops in missing.items():
-        where = "all ops" if len(ops) == len(_backends.ROOMS) else ", ".join(ops)
-        lines.append(f"no {backend} for {where}: {reason}")
-    return "\n".join(lines)
+def _cache() -> str:
+    from specprefill_kernels.models.cache import cache_folder
+
+    return str(cache_folder())
+
+
+def _models() -> list[tuple[str, str]]:
+    def state(name: str) -> str:
+        from specprefill_kernels.models import REGISTRY, cache
+
+        entry = REGISTRY[name]
+        ready = cache.is_complete(cache.folder_of(entry.name, entry.sha256))
+        return "ready" if ready else f"not fetched yet ({entry.size / 1e6:,.0f} MB)"
+
+    try:
+        from specprefill_kernels.models.registry import REGISTRY
+
+        names = list(REGISTRY)
+    except Exception as error:
+        return [("models", f"failed: {type(error).__name__}: {error}")]
+    return [(f"model {name}", _guarded(lambda name=name: state(name))) for name in names]  # type: ignore[misc]
+
+
+def _ops() -> list[tuple[str, str]]:
+    try:
+        from specprefill_kernels import _backends
+
+        rooms = list(_backends.ROOMS)
+    except Exception as error:
+        return [("ops", f"failed: {type(error).__name__}: {error}")]
+
+    def backends(op: str) -> str:
+        return ", ".join(name for name, reason in _backends.available_backends(op).items() if reason is None) or "none"
+
+    def missing() -> list[tuple[str, str]]:
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for op in rooms:
+            for backend, reason in _backends.available_backends(op).items():
+                if reason is not None:
+                    reasons.setdefault((backend, reason), []).append(op)
+        return [
+            (f"no {backend}", f"{'all ops' if len(ops) == len(rooms) else ', '.join(ops)}: {reason}")
+            for (backend, reason), ops in reasons.items()
+        ]
+
+    rows = [(f"op {op}", _guarded(lambda op=op: backends(op))) for op in rooms]  # type: ignore[misc]
+    try:
+        return rows + missing()
+    except Exception as error:
+        return [*rows, ("missing backends", f"failed: {type(error).__name__}: {error}")]

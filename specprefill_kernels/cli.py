@@ -11,7 +11,7 @@ def main() -> None:
         from specprefill_kernels.commands import app
     except ImportError as error:
         if sys.argv[1:2] == ["show-config"]:
-            from specprefill_kernels.report.config_table import config_rows
+            from specprefill_kernels._diagnosis import config_rows
 
             for name, value in [*config_rows(), ("command line", f"failed: {error}")]:
                 print(f"{name:<24}{value}")

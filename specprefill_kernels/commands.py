@@ -223,7 +223,7 @@ def select(
 @app.command()
 def show_config() -> None:
     """Versions, machine, models and op x backend, with the reason where something is missing."""
-    from specprefill_kernels.report.config_table import config_rows
+    from specprefill_kernels._diagnosis import config_rows
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
