@@ -174,7 +174,7 @@ static void random_layer(random_source* source, score_case* c, int which, int64_
 static int compare(const score_case* c, const float* state, const double* expected) {
   const specprefill_score* args = &c->args;
   for (int64_t i = 0; i < args->batch * args->state_rows * args->max_len; ++i) {
-    if (!(fabs(state[i] - expected[i]) <= 2e-6 + 2e-4 * expected[i])) {
+    if (!(fabs(state[i] - expected[i]) <= 1e-9 + 1e-5 * expected[i])) {
       return report("state[%lld]: expected %.9g, got %.9g (layout %d, T %lld, key dtype %d, D %lld)", (long long)i,
                     expected[i], (double)state[i], args->layout, (long long)args->max_len, c->layers[0].key_dtype,
                     (long long)c->layers[0].head_dim);
