@@ -60,6 +60,8 @@ FAMILIES = FULL + SLIDING
 
 def build(family: str, *, seed: int = 0, attn: str | None = None, **changes: object) -> torch.nn.Module:
     """A model in fp32 in eval mode. `attn` picks the attention implementation."""
+    if family == "gemma2" and attn is None:
+        attn = "eager"  # the default today; older Transformers chose SDPA, which leaves the softcap out
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)

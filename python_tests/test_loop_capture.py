@@ -10,6 +10,7 @@ from loop_models import PROMPT, build, prompt
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specprefill_kernels import SpecPrefillConfig
+from specprefill_kernels.loop import attention
 from specprefill_kernels.loop.attention import attention_configs, attention_handler
 from specprefill_kernels.loop.cache import GrowingLayer, full_cache
 from specprefill_kernels.loop.capture import Capture
@@ -38,13 +39,14 @@ def test_captured_queries_and_keys_are_post_rope():
         hook.remove()
     cos, sin = model.model.rotary_emb(hidden[0], torch.arange(PROMPT)[None])
     for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        query = attention.q_proj(hidden[index]).view(1, PROMPT, 4, 16).transpose(1, 2)
-        key = attention.k_proj(hidden[index]).view(1, PROMPT, 2, 16).transpose(1, 2)
+        query = layer.self_attn.q_proj(hidden[index]).view(1, PROMPT, 4, 16).transpose(1, 2)
+        key = layer.self_attn.k_proj(hidden[index]).view(1, PROMPT, 2, 16).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         torch.testing.assert_close(capture.layers[index].queries[0], query[:, :, -3:].transpose(1, 2))
         torch.testing.assert_close(capture.layers[index].key, key)
         assert capture.layers[index].scale == 16**-0.5
+        # Three rows and not the memory of the whole prompt's queries.
+        assert capture.layers[index].queries[0].untyped_storage().nbytes() == 3 * 4 * 16 * 4
 
 
 @torch.no_grad()
@@ -105,6 +107,7 @@ def test_the_implementation_comes_back_after_an_exception():
     with pytest.raises(ZeroDivisionError), attention_handler(attention_configs(model), broken):
         model(input_ids=prompt())
     assert set(during).isdisjoint(before)
+    assert attention._handler.get() is None
     assert implementations(model) == before
     with torch.no_grad():
         model(input_ids=prompt())

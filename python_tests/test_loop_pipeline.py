@@ -98,6 +98,16 @@ def test_the_models_generation_config_applies():
     assert list(pipeline(base=base, keep_ratio=1.0).generate(ids, 16).tokens) == expected
 
 
+def test_pad_ids_inside_the_prompt_are_tokens():
+    """`generate` would take them for padding, and leave them out of the repetition penalty."""
+    base, ids = build("llama", seed=7), prompt()
+    base.generation_config.pad_token_id = pad = int(ids[0, 0])
+    base.generation_config.eos_token_id = 1
+    plan = plan_decoding(base, ids, max_new_tokens=4, do_sample=False, repetition_penalty=2.0)
+    scores = plan.logits_processor(ids, torch.ones(1, VOCAB))
+    assert float(scores[0, pad]) == 0.5
+
+
 def test_any_of_several_eos_ids_ends_the_answer():
     base, ids = build("llama", seed=7), prompt()
     free = ordinary(base, ids, 16, do_sample=False)
@@ -186,6 +196,14 @@ def test_protected_spans_survive():
     everywhere = sp.select(ids, protect=[(0, PROMPT - 40)])
     assert everywhere.overflow
     assert set(range(PROMPT - 40)) <= set(everywhere.kept_indices.tolist())
+
+
+def test_sink_and_tail_survive():
+    sp, ids = pipeline(keep_tokens=64, sink=3, tail=20), prompt()
+    kept = set(sp.select(ids).kept_indices.tolist())
+    assert {0, 1, 2} <= kept
+    assert set(range(PROMPT - 20, PROMPT)) <= kept
+    assert 0 not in pipeline(keep_tokens=16).select(ids).kept_indices.tolist()
 
 
 def test_protect_for_a_list_is_one_list_per_prompt():

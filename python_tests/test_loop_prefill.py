@@ -6,6 +6,7 @@ import pytest
 import torch
 from loop_models import FAMILIES, PROMPT, SLIDING, build, logits_by_hand, prompt
 from transformers import AttentionInterface, DynamicCache
+from transformers.models.gemma2 import modeling_gemma2
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop.attention import PREFIX
@@ -98,6 +99,7 @@ class FakeFlash:
 
     def __init__(self, model):
         self.calls = []
+        self.stand_in = None
         AttentionInterface.register("flash_attention_2", self)
         self.model = model
         model.config._attn_implementation_internal = "flash_attention_2"
@@ -108,8 +110,12 @@ class FakeFlash:
         assert module.config.hidden_size == self.model.config.hidden_size
         assert module.is_causal
         assert any(isinstance(layer, torch.nn.Linear) for layer in module.modules())
-        self.calls.append((module.layer_idx, attention_mask, kwargs))
+        self.calls.append((module.layer_idx, attention_mask, dict(kwargs)))
         kwargs.pop("position_ids", None)
+        if self.stand_in is not None:
+            later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+            mask = torch.zeros(later.shape).masked_fill(later, torch.finfo(torch.float32).min)
+            return self.stand_in(module, query, key, value, mask[None, None], **kwargs)
         return AttentionInterface()["sdpa"](module, query, key, value, None, **kwargs)
 
 
@@ -146,6 +152,16 @@ def test_only_sliding_layers_leave_flash_attention(flash, family):
     model, ids = build(family), prompt()
     right = run_by_hand(model, ids, 3)
     fake = flash(model)
+    torch.testing.assert_close(run_sparse(model, ids, 3), right, atol=2e-4, rtol=2e-4)
+    assert sorted({layer for layer, _, _ in fake.calls}) == [1, 3]
+
+
+def test_soft_capped_sliding_layers_go_to_eager(flash):
+    """SDPA would leave the softcap out."""
+    model, ids = build("gemma2"), prompt()
+    right = run_by_hand(model, ids, 3)
+    fake = flash(model)
+    fake.stand_in = modeling_gemma2.eager_attention_forward
     torch.testing.assert_close(run_sparse(model, ids, 3), right, atol=2e-4, rtol=2e-4)
     assert sorted({layer for layer, _, _ in fake.calls}) == [1, 3]
 

@@ -1,5 +1,14 @@
 """The reference loop: speculative prefill on Transformers models, from a prompt to a streamed answer."""
 
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "specprefill_kernels.loop needs Transformers: pip install 'specprefill-kernels[loop]'", name="transformers"
+    ) from None
+
 from specprefill_kernels.loop.pipeline import SpecPrefill, TokenStream
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
 

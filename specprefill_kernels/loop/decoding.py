@@ -50,6 +50,8 @@ def plan_decoding(
         if tokenizer is None:
             raise ValueError("stop_strings: expected a tokenizer beside them, got none")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    # Without a mask, generate would take pad ids inside the prompt for padding.
+    options.setdefault("attention_mask", torch.ones_like(input_ids))
     model.generate(
         input_ids,
         custom_generate=keep,

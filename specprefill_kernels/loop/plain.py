@@ -35,6 +35,7 @@ def generate_plainly(
     model: Any, input_ids: Tensor, *, max_new_tokens: int, do_sample: bool, tokenizer: Any = None, **options: Any
 ) -> Iterator[int]:
     """Yield the tokens of `model.generate` as they come. It runs in a thread, and stops if the caller does."""
+    options.setdefault("attention_mask", torch.ones_like(input_ids))
     queue: SimpleQueue[Any] = SimpleQueue()
     abandoned = Event()
 

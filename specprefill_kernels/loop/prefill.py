@@ -62,10 +62,9 @@ class PositionalAttention:
         mask = self._mask(window, key.device)
         implementation = self._implementation
         if implementation not in ("sdpa", "eager"):
-            # Flash and flex attention take no such mask, and flash would apply the window to slots once more.
+            # Flash and flex attention take no such mask; SDPA knows no softcap and no attention sink.
             plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
             implementation = "sdpa" if plain else "eager"
-            kwargs["sliding_window"] = None
             ordinary = attention_function(module, implementation)
         if implementation == "eager":
             blocked = torch.finfo(query.dtype).min
