@@ -1,12 +1,13 @@
-"""Does this installation work? smoke.py compiled|pure"""
+"""Does this installation work? smoke.py compiled|pure FOLDER_IT_MUST_BE_IMPORTED_FROM"""
 
 import sys
+from pathlib import Path
 
 import torch
 
 import specprefill_kernels as spk
 
-expected = sys.argv[1]
+expected, folder = sys.argv[1], Path(sys.argv[2])
 generator = torch.Generator().manual_seed(0)
 query = torch.randn(2, 4, 6, 64, generator=generator)
 key = torch.randn(2, 3, 200, 64, generator=generator)
@@ -18,7 +19,8 @@ def select(backend: str) -> spk.TokenSelection:
     return spk.select_tokens(state, torch.arange(400).view(2, 200), keep_ratio=0.3, backend=backend)
 
 
-print(spk.__file__)
+if folder.resolve() not in Path(spk.__file__).resolve().parents:
+    sys.exit(f"expected a package from {folder}, got {spk.__file__}")
 print(spk.show_config())
 reason = spk.available_backends("score_layer")["cpu"]
 reference = select("reference")
