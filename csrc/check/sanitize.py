@@ -101,7 +101,7 @@ def check_python(directory: Path) -> bool:
         for name in ("libasan.so", "libstdc++.so")
     ]
     env = environment(LD_PRELOAD=":".join(libraries), PYTHONPATH=str(copy), PYTHONMALLOC="malloc")
-    # In the copy's folder, so that it comes before the tree's own package. No compile tests: what they build is not ours.
+    # In the copy's folder: it comes before the tree's own package. No compile tests: what they build is not ours.
     command = [
         sys.executable,
         "-m",
