@@ -17,9 +17,7 @@ int64_t random_int(random_source* source, int64_t low, int64_t high) {
   return low + (int64_t)(random_bits(source) % (uint64_t)(high - low + 1));
 }
 
-int random_once_in(random_source* source, int64_t times) {
-  return random_int(source, 1, times) == 1;
-}
+int random_once_in(random_source* source, int64_t times) { return random_int(source, 1, times) == 1; }
 
 typedef struct {
   int bytes, exponent_bits, mantissa_bits;
@@ -27,22 +25,15 @@ typedef struct {
 
 static number_format format_of(int32_t dtype) {
   switch (dtype) {
-    case SPECPREFILL_F16:
-      return (number_format){2, 5, 10};
-    case SPECPREFILL_BF16:
-      return (number_format){2, 8, 7};
-    case SPECPREFILL_F8_E4M3FN:
-      return (number_format){1, 4, 3};
-    case SPECPREFILL_F8_E5M2:
-      return (number_format){1, 5, 2};
-    default:
-      return (number_format){4, 8, 23};
+    case SPECPREFILL_F16: return (number_format){2, 5, 10};
+    case SPECPREFILL_BF16: return (number_format){2, 8, 7};
+    case SPECPREFILL_F8_E4M3FN: return (number_format){1, 4, 3};
+    case SPECPREFILL_F8_E5M2: return (number_format){1, 5, 2};
+    default: return (number_format){4, 8, 23};
   }
 }
 
-int64_t item_size(int32_t dtype) {
-  return format_of(dtype).bytes;
-}
+int64_t item_size(int32_t dtype) { return format_of(dtype).bytes; }
 
 void write_random(random_source* source, void* data, int32_t dtype, int64_t index) {
   const number_format format = format_of(dtype);
@@ -77,9 +68,7 @@ void* exact(int64_t bytes) {
   return memory;
 }
 
-int32_t* exact_int32(int64_t count) {
-  return exact(count * (int64_t)sizeof(int32_t));
-}
+int32_t* exact_int32(int64_t count) { return exact(count * (int64_t)sizeof(int32_t)); }
 
 int32_t* random_block_table(random_source* source, int64_t count, int64_t width, int64_t num_blocks) {
   int32_t* shuffled = exact_int32(num_blocks);

@@ -4,12 +4,8 @@
 
 #include "check.h"
 
-static int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t budget_in_chunks(const specprefill_select* args, int64_t num_chunks) {
   const double exact_budget =
