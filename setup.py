@@ -119,6 +119,7 @@ class BuildKernels(build_ext):
         """For an editable install, which runs from the source folder."""
         super().copy_extensions_to_source()
         shutil.copyfile(Path(self.build_lib, PACKAGE, "_build_info.py"), ROOT / PACKAGE / "_build_info.py")
+
     def build_extension(self, ext: Extension) -> None:
         check_compiler()
         reason = cuda_left_out()
