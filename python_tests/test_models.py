@@ -200,8 +200,9 @@ def test_a_pip_is_always_found() -> None:
 
 
 def test_pip_is_found_inside_ensurepip(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sources.importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "pip" else real(name))
+    finder = sources.importlib.machinery.PathFinder
+    real = finder.find_spec
+    monkeypatch.setattr(finder, "find_spec", lambda name, *rest: None if name == "pip" else real(name, *rest))
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     import ensurepip
 

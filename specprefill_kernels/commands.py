@@ -257,6 +257,9 @@ def _load_pair(base: str, speculator: str, device: str, progress: Any) -> tuple[
     from specprefill_kernels import models
     from specprefill_kernels.demo.measure import Side
 
+    for name in (base, speculator):  # a misspelt name is found before anything is fetched
+        models.check_name(name)
+
     def side(name: str) -> Side:
         models.ensure(name, progress)
         entry = models.REGISTRY.get(name)

@@ -95,7 +95,7 @@ SPECPREFILL_INLINE vf exp2(vf x) {
   p = fma(p, f, splat(2.402264689e-1f));
   p = fma(p, f, splat(6.931472057e-1f));
   p = fma(p, f, splat(1.0f));
-  const vf y = (vf)((vi)p + ((vi)shifted << 23));  // the low bits of `shifted` are the integer
+  const vf y = (vf)((vu)p + ((vu)shifted << 23));  // the low bits of `shifted` are the integer
   const vf high = x >= splat(127.5f) ? splat(__builtin_inff()) : y;
   const vf inside = x < splat(-125.0f) ? splat(0.0f) : high;
   return x != x ? x : inside;

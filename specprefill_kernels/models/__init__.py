@@ -28,6 +28,7 @@ __all__ = [
     "ModelEntry",
     "Progress",
     "RichProgress",
+    "check_name",
     "ensure",
     "fastest_dtype",
     "load",
@@ -44,6 +45,7 @@ def ensure(name_or_path: str | os.PathLike[str], progress: Progress | None = Non
         RuntimeError: no room on the disk, or Transformers or gguf is missing.
         ValueError: neither a registry name, a folder, a GGUF file, nor a hub id.
     """
+    check_name(name_or_path)
     progress = progress or default_progress()
     text = os.fspath(name_or_path)
     if text in REGISTRY:
@@ -61,8 +63,6 @@ def ensure(name_or_path: str | os.PathLike[str], progress: Progress | None = Non
     if text and path.is_dir():
         return path
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"name_or_path: expected a GGUF file, got {text!r}, which does not exist")
         digest = sha256(path)
         return cache.make_once(
             cache.folder_of(path.stem, digest),
@@ -73,12 +73,24 @@ def ensure(name_or_path: str | os.PathLike[str], progress: Progress | None = Non
             disk_needed=5 * path.stat().st_size,
             record={"name": path.name, "sha256": digest},
         )
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return text
-    raise ValueError(
-        f"name_or_path: expected one of {sorted(REGISTRY)}, a folder, a .gguf file or a hub id (owner/name), "
-        f"got {text!r}"
-    )
+    return text
+
+
+def check_name(name_or_path: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless this can name a model, without fetching anything."""
+    text = os.fspath(name_or_path)
+    path = Path(text).expanduser()
+    if text in REGISTRY or (text and path.is_dir()):
+        return
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"name_or_path: expected a GGUF file, got {text!r}, which does not exist")
+        return
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise ValueError(
+            f"name_or_path: expected one of {sorted(REGISTRY)}, a folder, a .gguf file or a hub id (owner/name), "
+            f"got {text!r}"
+        )
 
 
 def load(

