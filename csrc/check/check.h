@@ -4,35 +4,7 @@
 #ifndef SPECPREFILL_CHECK_H
 #define SPECPREFILL_CHECK_H
 
-#include <stdint.h>
-#include <stdlib.h>
-
-#include "specprefill.h"
-
-typedef struct {
-  uint64_t state;
-} random_source;
-
-uint64_t random_bits(random_source* source);
-/* Uniform in [low, high]. */
-int64_t random_int(random_source* source, int64_t low, int64_t high);
-/* True once in `times`. */
-int random_once_in(random_source* source, int64_t times);
-
-int64_t item_size(int32_t dtype);
-/* A number of moderate size, written to item `index` of `data`. */
-void write_random(random_source* source, void* data, int32_t dtype, int64_t index);
-double read_item(const void* data, int32_t dtype, int64_t index);
-
-/* Memory of exactly this size, so that a sanitizer sees the first byte too many; ends the program if there is none. */
-void* exact(int64_t bytes);
-int32_t* exact_int32(int64_t count);
-
-/* Block ids for `count` sequences of `width` blocks, in random order, drawn from `num_blocks`. */
-int32_t* random_block_table(random_source* source, int64_t count, int64_t width, int64_t num_blocks);
-
-/* Prints what differs and returns 1. */
-__attribute__((format(printf, 1, 2))) int report(const char* format, ...);
+#include "helpers.h"
 
 /* Each runs one random case and returns 0, or 1 after a report. */
 int check_score(random_source* source);
