@@ -71,15 +71,20 @@ class _Chosen:
 class use_backend:
     """Make `backend` the default wherever an op is called with backend="auto".
 
-    Call it to set the default for the whole process; use it as a context manager to restore the old one afterwards.
+    Call it to set the default for the whole process; use it as a context manager to restore afterwards what was set
+    before. Not per thread; contexts nest.
     """
 
     def __init__(self, backend: str) -> None:
         check_name(backend)
+        self._backend = backend
         self._before = _Chosen.name
         _Chosen.name = backend
 
     def __enter__(self) -> "use_backend":
+        if _Chosen.name != self._backend:  # another one was set since this was made
+            self._before = _Chosen.name
+            _Chosen.name = self._backend
         return self
 
     def __exit__(self, *exc: object) -> None:

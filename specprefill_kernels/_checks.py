@@ -5,7 +5,7 @@ device sync. Checks of memory (`writable`, `disjoint`) need real tensors, so the
 (`*_values`) read tensors' contents; ops call them on CPU tensors only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGERS = (torch.int32, torch.int64)
+FP32 = torch.finfo(torch.float32)
 
 
 def fail(name: str, expected: str, got: object) -> None:
@@ -35,13 +36,16 @@ def integer(name: str, value: object, minimum: int) -> None:
         fail(name, f"at least {minimum}", value)
 
 
-def number(name: str, value: object, *, above: float | None = None) -> None:
+def number(name: str, value: object, *, above: float | None = None, fp32: bool = False) -> None:
+    """A finite number; with `fp32` one that fp32 holds without becoming 0, subnormal or Inf (0 itself is fine)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(name, "a number", f"{value!r} ({type(value).__name__})")
     if not (float("-inf") < value < float("inf")):  # type: ignore[operator]
         fail(name, "a finite number", value)
     if above is not None and not value > above:  # type: ignore[operator]
         fail(name, f"a number above {above:g}", value)
+    if fp32 and value != 0 and not FP32.tiny <= abs(value) <= FP32.max:  # type: ignore[arg-type]
+        fail(name, f"a magnitude in [{FP32.tiny:.3g}, {FP32.max:.3g}], as fp32 holds it", value)
 
 
 def fraction(name: str, value: object) -> None:
@@ -98,12 +102,19 @@ def per_sequence(name: str, x: object, batch: int, device: torch.device) -> None
 
 def writable(name: str, x: Tensor) -> None:
     """An output whose elements share memory would be written twice."""
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(x.stride(), x.shape)):
+    if not _no_two_share(x.shape, x.stride()):
+        fail(name, "a tensor whose elements do not share memory", f"strides {tuple(x.stride())}")
+
+
+def _no_two_share(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether each stride steps over all that the smaller ones reach: then no two elements are one."""
+    reach = 0
+    for stride, size in sorted(zip(strides, sizes)):
         if size > 1:
             if stride <= reach:
-                fail(name, "a tensor whose elements do not share memory", f"strides {tuple(x.stride())}")
+                return False
             reach += (size - 1) * stride
+    return True
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -111,13 +122,23 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def disjoint(name: str, out: Tensor, other_name: str, other: Tensor) -> None:
-    """`out` may not touch the memory between another tensor's first and last element."""
-    if out.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return
-    (low, high), (other_low, other_high) = _extent(out), _extent(other)
-    if low < other_high and other_low < high:
-        fail(name, f"memory that does not overlap {other_name}", "tensors that overlap")
+def disjoint(name: str, out: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """`out`, which is written, shares no memory with the others. By address: two storages may be one memory."""
+    low, high = _extent(out)
+    for other_name, other in others:
+        # Most are told apart by where they start.
+        if other.data_ptr() >= high or other.numel() == 0:
+            continue
+        if low < _extent(other)[1] and not _interleaved(out, other):
+            fail(name, f"memory that does not overlap {other_name}", "tensors that overlap")
+
+
+def _interleaved(a: Tensor, b: Tensor) -> bool:
+    """Whether b is a shifted by a distance that fits between a's strides: keys and values that share one buffer."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    distance, rest = divmod(abs(a.data_ptr() - b.data_ptr()), a.element_size())
+    return rest == 0 and _no_two_share((*a.shape, 2), (*a.stride(), distance))
 
 
 def length_values(seq_lens: Tensor | None, capacity: int, batch: int, *, name: str = "seq_lens") -> list[int]:

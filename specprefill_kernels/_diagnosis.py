@@ -98,7 +98,14 @@ def _compiled() -> str:
     from specprefill_kernels import _native
 
     reason = _native.unavailable()
-    return f"no: {reason}" if reason else f"yes, {_native.module().instruction_set()}"
+    if reason:
+        return f"no: {reason}"
+    bound = os.environ.get("SPECPREFILL_INSTRUCTION_SET", "")
+    known = ("", "generic", "avx2", "avx512")
+    note = f" (at most {bound})" if bound else ""
+    if bound not in known:
+        note = f" (SPECPREFILL_INSTRUCTION_SET={bound} bounds nothing: expected one of {', '.join(known[1:])})"
+    return f"yes, {_native.module().instruction_set()}{note}"
 
 
 def _cache() -> str:

@@ -2,6 +2,8 @@
 
 `define` and `impl` are used rather than `torch.library.custom_op`: a call costs a third. No op has a derivative: the
 Autograd key falls through, so results never require grad.
+
+The ops trust what they are given: shapes and options are checked by the public functions, which are the way in.
 """
 
 from collections.abc import Callable
@@ -57,6 +59,13 @@ def _int32(x: Tensor | None, name: str = "") -> Tensor | None:
     return x.to(torch.int32).contiguous()
 
 
+def _written(*outputs: Tensor) -> None:
+    """Kernels write behind autograd's back; whoever saved one of these for a backward pass must be told."""
+    for output in outputs:
+        if not output.is_inference():
+            torch.autograd.graph.increment_version(output)
+
+
 def _score_layers_(
     state: Tensor,
     queries: list[Tensor],
@@ -89,11 +98,17 @@ def _score_layers_(
         _int32(num_look_ahead, "num_look_ahead"),
     )
     _checks.writable("state", state)
-    for i, (query, key) in enumerate(zip(queries, keys)):
-        _checks.disjoint("state", state, f"query of layer {i}", query)
-        _checks.disjoint("state", state, f"key of layer {i}", key)
+    read = [
+        (f"{name} of layer {i}", tensor)
+        for name, tensors in (("query", queries), ("key", keys), ("lse", lse), ("key_scale", key_scale))
+        for i, tensor in enumerate(tensors)
+    ]
+    _checks.disjoint("state", state, read)
+    if workspace is not None:
+        _checks.disjoint("workspace", workspace, [("state", state), *read])
     run = _backends.implementation("score_layers", "score_layers_", backend, state.device.type)
     run(state, queries, keys, sequences, window, lse, key_scale, workspace, options)
+    _written(state)
 
 
 def _finalize_importance(
@@ -179,14 +194,15 @@ def _gather_kv_out_(
     out_block_table: Tensor | None,
     backend: str,
 ) -> None:
+    caches = [("key_cache", key_cache), ("value_cache", value_cache)]
     for i, out in enumerate((out_key, out_value)):
         _checks.writable(f"out[{i}]", out)
-        _checks.disjoint(f"out[{i}]", out, "key_cache", key_cache)
-        _checks.disjoint(f"out[{i}]", out, "value_cache", value_cache)
-    _checks.disjoint("out[1]", out_value, "out[0]", out_key)
+        _checks.disjoint(f"out[{i}]", out, caches)
+    _checks.disjoint("out[1]", out_value, [("out[0]", out_key)])
     run = _backends.implementation("gather_kv", "gather_kv", backend, key_cache.device.type)
     tables = (_int32(block_table), _int32(cu_seqlens, "cu_seqlens"), _int32(out_block_table))
     run((key_cache, value_cache), (out_key, out_value), indices, num_kept, layout, *tables)
+    _written(out_key, out_value)
 
 
 def _select_tokens(

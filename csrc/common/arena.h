@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace specprefill {
 
@@ -18,10 +19,16 @@ class Arena {
     capacity_ = bytes > skip ? bytes - skip : 0;
   }
 
+  // rows * columns elements. Throws where no memory could hold them.
   template <class T>
-  T* take(int64_t count) {
+  T* take(int64_t rows, int64_t columns = 1) {
     T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    size_t bytes;
+    if (__builtin_mul_overflow(static_cast<size_t>(rows), static_cast<size_t>(columns), &bytes) ||
+        __builtin_mul_overflow(bytes, sizeof(T), &bytes) || __builtin_add_overflow(bytes, kAlign - 1, &bytes) ||
+        __builtin_add_overflow(used_, bytes / kAlign * kAlign, &used_) || used_ > PTRDIFF_MAX) {
+      throw std::bad_alloc();
+    }
     return p;
   }
 

@@ -3,10 +3,13 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "common/guarded.h"
 
 namespace specprefill {
 namespace {
@@ -18,8 +21,14 @@ struct Job {
 };
 
 // Workers sleep between jobs; a score call has two jobs per wave in quick succession, so they look for the next one for
-// a few microseconds first.
-constexpr int kSpins = 2000;
+// this long first, about what a wake-up costs.
+constexpr std::chrono::microseconds kSpin{50};
+
+template <class Ready>
+void spin_until(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  while (!ready() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+}
 
 class Pool {
  public:
@@ -41,8 +50,7 @@ class Pool {
     }
     wake_.notify_all();
     work(job, 0);
-    for (int spin = 0; running_.load(std::memory_order_acquire) != 0 && spin < kSpins; ++spin)
-      std::this_thread::yield();
+    spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
   }
@@ -68,10 +76,10 @@ class Pool {
   }
 
   void live(int worker, uint64_t seen) {
+    const DefaultFloatingPoint floating_point;  // not what the thread that started this one had set
+    (void)floating_point;
     for (;;) {
-      for (int spin = 0; generation_.load(std::memory_order_acquire) == seen && spin < kSpins; ++spin) {
-        std::this_thread::yield();
-      }
+      spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
       Job job;
       {
         std::unique_lock<std::mutex> lock(mutex_);

@@ -12,10 +12,11 @@ void parallel_for(int64_t num_tasks, int num_threads, void (*run)(void* context,
                   void* context);
 
 template <class F>
-void parallel_for(int64_t num_tasks, int num_threads, F&& body) {
+void parallel_for(int64_t num_tasks, int num_threads, const F& body) {
   parallel_for(
       num_tasks, num_threads,
-      [](void* context, int64_t task, int worker) { (*static_cast<F*>(context))(task, worker); }, &body);
+      [](void* context, int64_t task, int worker) { (*static_cast<const F*>(context))(task, worker); },
+      const_cast<F*>(&body));
 }
 
 }  // namespace specprefill

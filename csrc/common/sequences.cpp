@@ -5,6 +5,12 @@ namespace {
 long long ll(int64_t x) { return static_cast<long long>(x); }
 }  // namespace
 
+int check_enum(const char* name, int32_t value, int32_t last) {
+  SPECPREFILL_REQUIRE(value >= 0 && value <= last, "%s: expected a specprefill constant in [0, %d], got %d", name, last,
+                      value);
+  return SPECPREFILL_OK;
+}
+
 int check_lengths(const char* name, const int32_t* lengths, int64_t batch, int64_t capacity) {
   for (int64_t b = 0; lengths && b < batch; ++b) {
     SPECPREFILL_REQUIRE(lengths[b] >= 1 && lengths[b] <= capacity, "%s[%lld]: expected 1 <= length <= %lld, got %d",

@@ -7,6 +7,9 @@
 
 namespace specprefill {
 
+// `value` is one of an enum's constants 0 to `last`.
+int check_enum(const char* name, int32_t value, int32_t last);
+
 // The length of sequence b, or `otherwise` when none are given.
 inline int64_t length_of(const int32_t* lengths, int64_t b, int64_t otherwise) {
   return lengths ? static_cast<int64_t>(lengths[b]) : otherwise;

@@ -1,6 +1,6 @@
 // Vectors of fp32 for the instruction set that this file is compiled for, and loads that convert to them.
 //
-// Only files built once per instruction set (*_simd.cpp) include this. Everything is in an inline namespace of that
+// Only files built once per instruction set (*_simd.cpp) include this. Everything is in a namespace of that
 // instruction set and nothing comes from the standard library: were an inline function shared with portable code, the
 // linker could keep the copy with instructions that the processor lacks.
 #pragma once

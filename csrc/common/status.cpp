@@ -16,6 +16,8 @@ int fail(int code, const char* format, ...) {
   return code;
 }
 
+void clear_error() { last_error[0] = '\0'; }
+
 }  // namespace specprefill
 
 const char* specprefill_last_error(void) { return specprefill::last_error; }

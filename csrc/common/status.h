@@ -8,6 +8,9 @@ namespace specprefill {
 // Stores the printf-style message for specprefill_last_error() and returns `code`.
 __attribute__((format(printf, 2, 3))) int fail(int code, const char* format, ...);
 
+// Forgets the last message.
+void clear_error();
+
 }  // namespace specprefill
 
 // Leaves the function when the condition does not hold.

@@ -2,9 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <new>
+#include <cstring>
 #include <vector>
 
+#include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/sequences.h"
 #include "common/status.h"
@@ -21,6 +22,11 @@ int check(const specprefill_finalize& args) {
   SPECPREFILL_REQUIRE(args.batch >= 1 && args.look_ahead >= 1 && args.max_len >= 1,
                       "state: expected no empty dimension [B, N, T], got [%lld, %lld, %lld]", ll(args.batch),
                       ll(args.look_ahead), ll(args.max_len));
+  SPECPREFILL_REQUIRE(args.batch <= kMaxSize && args.look_ahead <= kMaxSize && args.max_len <= kMaxSize,
+                      "state: expected dimensions below 2^31, got [%lld, %lld, %lld]", ll(args.batch),
+                      ll(args.look_ahead), ll(args.max_len));
+  SPECPREFILL_TRY(check_enum("reduce", args.reduce, SPECPREFILL_MAX));
+  SPECPREFILL_TRY(check_enum("pool_edge", args.pool_edge, SPECPREFILL_POOL_VALID));
   SPECPREFILL_REQUIRE(args.pool_kernel_size >= 1 && args.pool_kernel_size % 2 == 1,
                       "pool_kernel_size: expected an odd number (a centred window), got %lld",
                       ll(args.pool_kernel_size));
@@ -31,13 +37,24 @@ int check(const specprefill_finalize& args) {
 // Sums of `width` neighbours, centred: out[i] for tokens [start, start + count) of a row of `length` tokens.
 void pool(const float* row, int64_t stride, int64_t start, int64_t count, int64_t length, int64_t width,
           bool valid_edge, float* out) {
-  const int64_t half = width / 2;
+  const int64_t half = std::min(width / 2, length);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t low = std::max<int64_t>(start + i - half, 0), high = std::min(start + i + half, length - 1);
     float sum = 0;
     for (int64_t t = low; t <= high; ++t) sum += row[t * stride];
     out[i] = sum / static_cast<float>(valid_edge ? high - low + 1 : width);
   }
+}
+
+// Neither NaN nor Inf: no magnitude has an exponent of ones. Integers, so that compilers vectorise the maximum.
+bool all_finite(const float* x, int64_t stride, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i * stride, sizeof bits);
+    largest = std::max(largest, bits & 0x7fffffffu);
+  }
+  return largest < 0x7f800000u;
 }
 
 // One tile of one sequence's importance. False when the state is not finite there.
@@ -48,20 +65,21 @@ bool finalize_tile(const specprefill_finalize& args, int64_t b, int64_t start, i
   for (int64_t n = 0; n < rows; ++n) {
     const float* state = args.state + b * args.state_stride_batch + n * args.state_stride_row;
     const float* x = state + start * stride;
-    float zero = 0;  // x * 0 is NaN for NaN and Inf: one test for the whole tile
-    for (int64_t i = 0; i < count; ++i) zero += x[i * stride] * 0.0f;
-    finite &= zero == 0.0f;
+    finite &= all_finite(x, stride, count);
+    const float* from = x;
     if (args.pool_kernel_size > 1) {
       pool(state, stride, start, count, length, args.pool_kernel_size, args.pool_edge == SPECPREFILL_POOL_VALID, row);
-    } else {
+      from = row;
+    } else if (stride != 1) {
       for (int64_t i = 0; i < count; ++i) row[i] = x[i * stride];
+      from = row;
     }
     if (n == 0) {
-      std::copy_n(row, count, out);
+      std::copy_n(from, count, out);
     } else if (args.reduce == SPECPREFILL_MAX) {
-      for (int64_t i = 0; i < count; ++i) out[i] = std::max(out[i], row[i]);
+      for (int64_t i = 0; i < count; ++i) out[i] = std::max(out[i], from[i]);
     } else {
-      for (int64_t i = 0; i < count; ++i) out[i] += row[i];
+      for (int64_t i = 0; i < count; ++i) out[i] += from[i];
     }
   }
   if (args.reduce == SPECPREFILL_MEAN) {
@@ -92,10 +110,11 @@ int report_not_finite(const specprefill_finalize& args) {
 using namespace specprefill;
 
 int specprefill_finalize_cpu(const specprefill_finalize* args, int num_threads) {
-  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_finalize, got a null pointer");
-  SPECPREFILL_TRY(check(*args));
-  try {
-    std::vector<float> rows(static_cast<size_t>(std::max(1, num_threads)) * kTile);
+  return guarded("finalize_importance", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_finalize, got a null pointer");
+    SPECPREFILL_TRY(check(*args));
+    num_threads = clamp_threads(num_threads);
+    std::vector<float> rows(static_cast<size_t>(num_threads) * kTile);
     std::atomic<bool> finite{true};
     const int64_t tiles = (args->max_len + kTile - 1) / kTile;
     parallel_for(args->batch * tiles, num_threads, [&](int64_t task, int worker) {
@@ -108,8 +127,6 @@ int specprefill_finalize_cpu(const specprefill_finalize* args, int num_threads) 
       }
       std::fill(out + std::max(start, inside), out + stop, 0.0f);
     });
-    return finite ? SPECPREFILL_OK : report_not_finite(*args);
-  } catch (const std::bad_alloc&) {
-    return fail(SPECPREFILL_OUT_OF_MEMORY, "finalize_importance: out of memory");
-  }
+    return finite ? static_cast<int>(SPECPREFILL_OK) : report_not_finite(*args);
+  });
 }

@@ -2,9 +2,9 @@
 // out.
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <vector>
 
+#include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/sequences.h"
 #include "common/status.h"
@@ -51,18 +51,49 @@ int64_t product(const int64_t* sizes, int num) {
   return total;
 }
 
+int check_sizes(int64_t batch, int64_t width, int64_t item_bytes) {
+  SPECPREFILL_REQUIRE(batch >= 1 && width >= 1 && batch <= kMaxSize && width <= kMaxSize / batch,
+                      "selection.indices: expected dimensions [B, K] from 1 on, B * K below 2^31, got [%lld, %lld]",
+                      ll(batch), ll(width));
+  SPECPREFILL_REQUIRE(item_bytes >= 1 && item_bytes <= kMaxSize, "item_bytes: expected at least 1, got %lld",
+                      ll(item_bytes));
+  return SPECPREFILL_OK;
+}
+
+// Multiplies `total` by the sizes.
+int check_dims(const int64_t* sizes, int num, int64_t* total) {
+  for (int i = 0; i < num; ++i) {
+    SPECPREFILL_REQUIRE(sizes[i] >= 0 && !__builtin_mul_overflow(*total, sizes[i], total),
+                        "x: expected sizes that memory can hold, got %lld", ll(sizes[i]));
+  }
+  return SPECPREFILL_OK;
+}
+
+// Kept positions i, i + 1, ... that follow each other in the prompt too; at least 1, up to `last`. Selections come in
+// chunks, so this is how most tokens are copied.
+int64_t run_length(const int32_t* kept, int64_t i, int64_t last) {
+  int64_t end = i + 1;
+  while (end < last && kept[end] == kept[end - 1] + 1) ++end;
+  return end - i;
+}
+
 // ---- gather_tokens ----
 
 int check(const specprefill_gather_tokens& args) {
   SPECPREFILL_REQUIRE(args.indices && args.num_kept && args.position_ids && args.offsets,
                       "selection: expected memory, got a null pointer");
-  SPECPREFILL_REQUIRE(args.batch >= 1 && args.width >= 1 && args.item_bytes >= 1,
-                      "selection.indices: expected no empty dimension [B, K], got [%lld, %lld]", ll(args.batch),
-                      ll(args.width));
+  SPECPREFILL_TRY(check_sizes(args.batch, args.width, args.item_bytes));
   SPECPREFILL_REQUIRE(args.num_outer >= 0 && args.num_outer <= SPECPREFILL_MAX_DIMS && args.num_inner >= 0 &&
                           args.num_inner <= SPECPREFILL_MAX_DIMS,
                       "x: expected at most %d dimensions on each side of the tokens, got %d and %d",
                       SPECPREFILL_MAX_DIMS, args.num_outer, args.num_inner);
+  int64_t outer = 1, inner = args.item_bytes, all;
+  SPECPREFILL_TRY(check_dims(args.outer_sizes, args.num_outer, &outer));
+  SPECPREFILL_TRY(check_dims(args.inner_sizes, args.num_inner, &inner));
+  SPECPREFILL_REQUIRE(
+      !__builtin_mul_overflow(outer, inner, &all) && !__builtin_mul_overflow(all, args.batch * args.width, &all),
+      "x: expected a result that memory can hold, got %lld elements per token of %lld bytes", ll(outer), ll(inner));
+  SPECPREFILL_REQUIRE(all == 0 || (args.x && args.values), "x and values: expected memory, got a null pointer");
   if (args.cu_seqlens) SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, args.tokens));
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t room = args.cu_seqlens ? args.cu_seqlens[b + 1] - args.cu_seqlens[b] : args.tokens;
@@ -96,7 +127,14 @@ void gather_tokens(const specprefill_gather_tokens& args, int num_threads) {
     x += (args.cu_seqlens ? args.cu_seqlens[b] * args.stride_token : b * args.stride_batch) * args.item_bytes;
     const int32_t* kept = args.indices + b * args.indices_stride;
     char* out = static_cast<char*>(args.values) + (o * capacity + args.offsets[b] + first) * token_bytes;
-    for (int64_t i = first; i < last; ++i) out = token.copy(x + kept[i] * args.stride_token * args.item_bytes, out);
+    const int64_t stride_bytes = args.stride_token * args.item_bytes;
+    const bool adjacent = token.flat == 0 && stride_bytes == token.run_bytes;
+    for (int64_t i = first, run; i < last; i += run) {
+      run = adjacent ? run_length(kept, i, last) : 1;
+      const char* from = x + kept[i] * stride_bytes;
+      if (adjacent) std::memcpy(out, from, static_cast<size_t>(run * token.run_bytes));
+      out = adjacent ? out + run * token.run_bytes : token.copy(from, out);
+    }
   });
   for (int64_t o = 0; o < outer; ++o) {
     char* out = static_cast<char*>(args.values) + o * capacity * token_bytes;
@@ -106,9 +144,14 @@ void gather_tokens(const specprefill_gather_tokens& args, int num_threads) {
 
 // ---- gather_kv ----
 
+// Tokens that a row of a block table reaches; positions stay below kMaxSize, so a larger room need not be known.
+int64_t table_room(int64_t width, int64_t block_size) {
+  return width > kMaxSize / block_size ? kMaxSize : width * block_size;
+}
+
 int64_t source_room(const specprefill_gather_kv& args, int64_t b) {
   if (args.layout == SPECPREFILL_PACKED) return args.cu_seqlens[b + 1] - args.cu_seqlens[b];
-  if (args.layout == SPECPREFILL_PAGED) return args.block_table_width * args.source.tokens;
+  if (args.layout == SPECPREFILL_PAGED) return table_room(args.block_table_width, args.source.tokens);
   return args.source.tokens;
 }
 
@@ -131,15 +174,16 @@ int check(const specprefill_gather_kv& args) {
   const specprefill_cache &source = args.source, &target = args.target;
   SPECPREFILL_REQUIRE(source.data && target.data && args.indices && args.num_kept,
                       "cache and selection: expected memory, got a null pointer");
-  SPECPREFILL_REQUIRE(args.layout >= SPECPREFILL_DENSE && args.layout <= SPECPREFILL_PAGED,
-                      "layout: expected a specprefill_layout, got %d", args.layout);
-  SPECPREFILL_REQUIRE(args.batch >= 1 && args.width >= 1,
-                      "selection.indices: expected no empty dimension, got [%lld, %lld]", ll(args.batch),
-                      ll(args.width));
+  SPECPREFILL_TRY(check_enum("layout", args.layout, SPECPREFILL_PAGED));
+  SPECPREFILL_TRY(check_sizes(args.batch, args.width, source.item_bytes));
   SPECPREFILL_REQUIRE(source.tokens >= 1 && source.heads >= 1 && source.head_dim >= 1 && target.tokens >= 1 &&
                           source.heads == target.heads && source.head_dim == target.head_dim &&
-                          source.item_bytes == target.item_bytes && source.item_bytes >= 1,
+                          source.item_bytes == target.item_bytes,
                       "out: expected the cache's heads, head size and item size");
+  SPECPREFILL_REQUIRE(source.tokens <= kMaxSize && target.tokens <= kMaxSize && target.rows <= kMaxSize &&
+                          source.heads <= kMaxSize && source.head_dim <= kMaxSize / source.item_bytes,
+                      "cache: expected dimensions below 2^31, got %lld tokens, %lld heads of %lld", ll(source.tokens),
+                      ll(source.heads), ll(source.head_dim));
   const bool paged = args.layout == SPECPREFILL_PAGED, packed = args.layout == SPECPREFILL_PACKED;
   const int64_t rows_needed = args.layout == SPECPREFILL_DENSE ? args.batch : 1;
   SPECPREFILL_REQUIRE(source.rows >= rows_needed && target.rows >= rows_needed,
@@ -154,7 +198,7 @@ int check(const specprefill_gather_kv& args) {
     SPECPREFILL_TRY(check_selection(args.indices, args.indices_stride, args.width, args.num_kept, b, room));
     const int64_t kept = args.num_kept[b];
     total += kept;
-    const int64_t target_room = paged    ? args.target_block_table_width * target.tokens
+    const int64_t target_room = paged    ? table_room(args.target_block_table_width, target.tokens)
                                 : packed ? target.tokens - (total - kept)
                                          : target.tokens;
     SPECPREFILL_REQUIRE(kept <= target_room, "out: expected room for %lld tokens of sequence %lld, got %lld", ll(kept),
@@ -175,32 +219,48 @@ int check(const specprefill_gather_kv& args) {
   return paged ? check_distinct_blocks(args) : SPECPREFILL_OK;
 }
 
-// Address of one token, all heads; `start` is the sequence's first token in a packed buffer.
-char* token_at(const specprefill_cache& cache, const int32_t* blocks, int64_t b, int64_t start, int64_t t, bool dense) {
-  char* base = static_cast<char*>(const_cast<void*>(cache.data));
-  const int64_t row = blocks ? blocks[t / cache.tokens] : dense ? b : 0;
-  const int64_t token = blocks ? t % cache.tokens : start + t;
-  return base + (row * cache.stride_row + token * cache.stride_token) * cache.item_bytes;
-}
+// Where one sequence's tokens lie in a cache.
+struct Place {
+  const specprefill_cache& cache;
+  const int32_t* blocks;  // nullptr: not paged
+  int64_t row, start;     // of the sequence, when it is not paged
 
-void copy_heads(const specprefill_cache& source, const char* from, const specprefill_cache& target, char* to) {
-  const int64_t bytes = source.item_bytes;
-  const bool contiguous = source.stride_dim == 1 && target.stride_dim == 1;
-  for (int64_t h = 0; h < source.heads; ++h) {
-    const char* x = from + h * source.stride_head * bytes;
-    char* out = to + h * target.stride_head * bytes;
-    if (contiguous) {
-      std::memcpy(out, x, static_cast<size_t>(source.head_dim * bytes));
-      continue;
+  char* at(int64_t t) const {
+    char* base = static_cast<char*>(const_cast<void*>(cache.data));
+    const int64_t r = blocks ? blocks[t / cache.tokens] : row, token = blocks ? t % cache.tokens : start + t;
+    return base + (r * cache.stride_row + token * cache.stride_token) * cache.item_bytes;
+  }
+
+  // Tokens from t on that are sure to lie one stride apart.
+  int64_t straight(int64_t t) const { return blocks ? cache.tokens - t % cache.tokens : kMaxSize; }
+};
+
+// Copies `count` tokens, all heads, in the longest pieces that are contiguous on both sides.
+void copy_tokens(const specprefill_cache& source, const char* from, const specprefill_cache& target, char* to,
+                 int64_t count) {
+  const int64_t item = source.item_bytes, dim = source.head_dim;
+  if (source.stride_dim != 1 || target.stride_dim != 1) {
+    for (int64_t i = 0; i < count * source.heads * dim; ++i) {
+      const int64_t d = i % dim, h = i / dim % source.heads, t = i / dim / source.heads;
+      std::memcpy(to + (t * target.stride_token + h * target.stride_head + d * target.stride_dim) * item,
+                  from + (t * source.stride_token + h * source.stride_head + d * source.stride_dim) * item,
+                  static_cast<size_t>(item));
     }
-    for (int64_t d = 0; d < source.head_dim; ++d) {
-      std::memcpy(out + d * target.stride_dim * bytes, x + d * source.stride_dim * bytes, static_cast<size_t>(bytes));
+    return;
+  }
+  int64_t heads = source.heads, tokens = count, run = dim;
+  if (source.stride_head == dim && target.stride_head == dim) run *= heads, heads = 1;
+  if (source.stride_token == run && target.stride_token == run) run *= tokens, tokens = 1;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::memcpy(to + (t * target.stride_token + h * target.stride_head) * item,
+                  from + (t * source.stride_token + h * source.stride_head) * item, static_cast<size_t>(run * item));
     }
   }
 }
 
 void gather_kv(const specprefill_gather_kv& args, int num_threads) {
-  const bool dense = args.layout == SPECPREFILL_DENSE, packed = args.layout == SPECPREFILL_PACKED;
+  const bool paged = args.layout == SPECPREFILL_PAGED, packed = args.layout == SPECPREFILL_PACKED;
   std::vector<int64_t> target_start(static_cast<size_t>(args.batch), 0);
   for (int64_t b = 1; packed && b < args.batch; ++b) {
     target_start[static_cast<size_t>(b)] = target_start[static_cast<size_t>(b - 1)] + args.num_kept[b - 1];
@@ -208,15 +268,15 @@ void gather_kv(const specprefill_gather_kv& args, int num_threads) {
   const int64_t pieces = (args.width + kTokensPerTask - 1) / kTokensPerTask;
   parallel_for(args.batch * pieces, num_threads, [&](int64_t task, int) {
     const int64_t b = task / pieces, first = task % pieces * kTokensPerTask;
-    const int64_t last = std::min<int64_t>(first + kTokensPerTask, args.num_kept[b]);
-    const int32_t* from_blocks = args.block_table ? args.block_table + b * args.block_table_stride : nullptr;
-    const int32_t* to_blocks =
-        args.target_block_table ? args.target_block_table + b * args.target_block_table_stride : nullptr;
-    const int64_t start = packed ? args.cu_seqlens[b] : 0;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t t = args.indices[b * args.indices_stride + i];
-      copy_heads(args.source, token_at(args.source, from_blocks, b, start, t, dense), args.target,
-                 token_at(args.target, to_blocks, b, target_start[static_cast<size_t>(b)], i, dense));
+    const int64_t last = std::min<int64_t>(first + kTokensPerTask, args.num_kept[b]), row = packed ? 0 : b;
+    const Place source{args.source, paged ? args.block_table + b * args.block_table_stride : nullptr, row,
+                       packed ? args.cu_seqlens[b] : 0};
+    const Place target{args.target, paged ? args.target_block_table + b * args.target_block_table_stride : nullptr, row,
+                       target_start[static_cast<size_t>(b)]};
+    const int32_t* kept = args.indices + b * args.indices_stride;
+    for (int64_t i = first, run; i < last; i += run) {
+      run = std::min({run_length(kept, i, last), source.straight(kept[i]), target.straight(i)});
+      copy_tokens(args.source, source.at(kept[i]), args.target, target.at(i), run);
     }
   });
 }
@@ -227,19 +287,19 @@ void gather_kv(const specprefill_gather_kv& args, int num_threads) {
 using namespace specprefill;
 
 int specprefill_gather_tokens_cpu(const specprefill_gather_tokens* args, int num_threads) {
-  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_tokens, got a null pointer");
-  SPECPREFILL_TRY(check(*args));
-  gather_tokens(*args, num_threads);
-  return SPECPREFILL_OK;
+  return guarded("gather_tokens", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_tokens, got a null pointer");
+    SPECPREFILL_TRY(check(*args));
+    gather_tokens(*args, clamp_threads(num_threads));
+    return SPECPREFILL_OK;
+  });
 }
 
 int specprefill_gather_kv_cpu(const specprefill_gather_kv* args, int num_threads) {
-  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_kv, got a null pointer");
-  try {
+  return guarded("gather_kv", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_kv, got a null pointer");
     SPECPREFILL_TRY(check(*args));
-    gather_kv(*args, num_threads);
+    gather_kv(*args, clamp_threads(num_threads));
     return SPECPREFILL_OK;
-  } catch (const std::bad_alloc&) {
-    return fail(SPECPREFILL_OUT_OF_MEMORY, "gather_kv: out of memory");
-  }
+  });
 }

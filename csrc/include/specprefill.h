@@ -2,8 +2,14 @@
  *
  * Every function returns a specprefill_status; on failure specprefill_last_error() says, for the calling thread, which
  * argument is wrong, what was expected and what came. Strides count elements of the tensor they belong to unless a name
- * ends in _bytes. Pointers of the *_cpu functions are host memory. Definitions: Liu, Chen, Zhang, "Speculative
- * Prefill", ICML 2025 (arXiv 2502.02789).
+ * ends in _bytes; they may be 0 or negative. Pointers of the *_cpu functions are host memory; scratch memory and
+ * tensors need no alignment beyond their element's. Fields named after an enum take its constants.
+ *
+ * num_threads: at most this many threads of one pool per process; below 1 counts as 1. Calls may be made from several
+ * threads at once: one uses the pool, the others run on their own thread. A forked child starts a pool of its own.
+ *
+ * After INVALID_ARGUMENT or OUT_OF_MEMORY outputs are untouched; after NOT_FINITE they are undefined. Definitions: Liu,
+ * Chen, Zhang, "Speculative Prefill", ICML 2025 (arXiv 2502.02789).
  */
 #ifndef SPECPREFILL_H
 #define SPECPREFILL_H
@@ -53,11 +59,11 @@ typedef enum { SPECPREFILL_MEAN = 0, SPECPREFILL_MAX = 1 } specprefill_reduce;
 typedef enum { SPECPREFILL_CEIL = 0, SPECPREFILL_FLOOR = 1 } specprefill_rounding;
 typedef enum { SPECPREFILL_KEEP_RATIO = 0, SPECPREFILL_KEEP_TOKENS = 1, SPECPREFILL_KEEP_MASS = 2 } specprefill_budget;
 
-/* Why the last call on this thread failed; "" if none did. Valid until this thread's next call. */
+/* Why the last call on this thread failed; "" if it did not. Valid until this thread's next call. */
 SPECPREFILL_API const char* specprefill_last_error(void);
 
 /* "avx512", "avx2" or "generic": which code this processor runs. SPECPREFILL_INSTRUCTION_SET in the environment
- * names a lower one. */
+ * is an upper bound. */
 SPECPREFILL_API const char* specprefill_instruction_set(void);
 
 /* ---- score ---- */
@@ -98,7 +104,8 @@ typedef struct {
   float softcap;                   /* 0: none */
 } specprefill_score;
 
-/* Least scratch memory for layers of at most these sizes, in bytes. group = num_q_heads / num_kv_heads. */
+/* Least scratch memory for layers of at most these sizes, in bytes. group = num_q_heads / num_kv_heads. 0: a size is
+ * not possible. */
 SPECPREFILL_API size_t specprefill_score_workspace_size(int64_t look_ahead, int64_t group, int64_t head_dim,
                                                         int64_t max_len, int64_t pool_kernel_size, int num_threads);
 
@@ -143,7 +150,8 @@ typedef struct {
   uint8_t* overflow; /* 1: protected chunks alone exceed the budget */
 } specprefill_select;
 
-/* Tokens that any selection of these arguments fits into (only sizes and the budget are read). */
+/* Tokens that any selection of these arguments fits into; sizes, budget and whether protect is NULL are read. -1: an
+ * argument is wrong. */
 SPECPREFILL_API int64_t specprefill_select_width(const specprefill_select* args);
 
 SPECPREFILL_API int specprefill_select_cpu(const specprefill_select* args, int num_threads);

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/dtype.h"
+#include "common/guarded.h"
 #include "common/sequences.h"
 #include "common/status.h"
 
@@ -14,7 +15,10 @@ long long ll(int64_t x) { return static_cast<long long>(x); }
 // Tokens that the key buffer holds for sequence b.
 int64_t room_for(const specprefill_score& args, const specprefill_layer& layer, int64_t b) {
   if (args.layout == SPECPREFILL_PACKED) return args.cu_seqlens[b + 1] - args.cu_seqlens[b];
-  if (args.layout == SPECPREFILL_PAGED) return args.block_table_width * layer.key_tokens;
+  // Nobody reads more than kMaxSize tokens, so a larger room need not be known.
+  if (args.layout == SPECPREFILL_PAGED) {
+    return args.block_table_width > kMaxSize / layer.key_tokens ? kMaxSize : args.block_table_width * layer.key_tokens;
+  }
   return layer.key_tokens;
 }
 
@@ -23,15 +27,22 @@ int check_options(const specprefill_score& args) {
   SPECPREFILL_REQUIRE(args.batch >= 1 && args.look_ahead >= 1 && args.max_len >= 1,
                       "state: expected no empty dimension [B, N, T], got [%lld, %lld, %lld]", ll(args.batch),
                       ll(args.look_ahead), ll(args.max_len));
+  SPECPREFILL_REQUIRE(
+      args.batch <= kMaxSize && args.look_ahead <= kMaxSize && args.max_len <= kMaxSize - args.look_ahead,
+      "state: expected dimensions below 2^31, got [%lld, %lld, %lld]", ll(args.batch), ll(args.look_ahead),
+      ll(args.max_len));
   SPECPREFILL_REQUIRE(args.state_rows == args.look_ahead || args.state_rows == 1,
                       "state: expected %lld rows or 1, got %lld", ll(args.look_ahead), ll(args.state_rows));
-  SPECPREFILL_REQUIRE(args.layout >= SPECPREFILL_DENSE && args.layout <= SPECPREFILL_PAGED,
-                      "layout: expected a specprefill_layout, got %d", args.layout);
+  SPECPREFILL_TRY(check_enum("layout", args.layout, SPECPREFILL_PAGED));
   SPECPREFILL_REQUIRE(args.pool_kernel_size >= 1 && args.pool_kernel_size % 2 == 1,
                       "pool_kernel_size: expected an odd number (a centred window), got %lld",
                       ll(args.pool_kernel_size));
-  SPECPREFILL_REQUIRE(args.softcap >= 0 && std::isfinite(args.softcap), "softcap: expected a number above 0, got %g",
-                      args.softcap);
+  SPECPREFILL_REQUIRE(args.softcap == 0 || (args.softcap > 0 && std::isnormal(args.softcap)),
+                      "softcap: expected a number above 0 that fp32 can hold, or 0 for none, got %g",
+                      static_cast<double>(args.softcap));
+  SPECPREFILL_TRY(check_enum("queries", args.queries, SPECPREFILL_OBSERVATION_WINDOW));
+  SPECPREFILL_TRY(check_enum("normalize_over", args.normalize_over, SPECPREFILL_OVER_VISIBLE));
+  SPECPREFILL_TRY(check_enum("pool_edge", args.pool_edge, SPECPREFILL_POOL_VALID));
   if (args.layout == SPECPREFILL_PAGED) {
     SPECPREFILL_REQUIRE(args.block_table && args.seq_lens,
                         "block_table and seq_lens: expected with paged keys, got none");
@@ -49,10 +60,13 @@ int check_layer(const specprefill_score& args, const specprefill_layer& layer, i
                           layer.num_q_heads % layer.num_kv_heads == 0,
                       "query of layer %lld: expected a number of heads that is a multiple of key's %lld, got %lld",
                       ll(index), ll(layer.num_kv_heads), ll(layer.num_q_heads));
+  SPECPREFILL_REQUIRE(layer.head_dim <= kMaxSize && layer.num_q_heads <= kMaxSize && layer.key_tokens <= kMaxSize,
+                      "key of layer %lld: expected dimensions below 2^31, got %lld tokens, %lld heads of %lld",
+                      ll(index), ll(layer.key_tokens), ll(layer.num_q_heads), ll(layer.head_dim));
   SPECPREFILL_REQUIRE(layer.window >= 0, "window of layer %lld: expected at least 1, got %lld", ll(index),
                       ll(layer.window));
   SPECPREFILL_REQUIRE(std::isfinite(layer.scale), "scale of layer %lld: expected a finite number, got %g", ll(index),
-                      layer.scale);
+                      static_cast<double>(layer.scale));
   const int64_t rows_needed = args.layout == SPECPREFILL_DENSE ? args.batch : 1;
   SPECPREFILL_REQUIRE(layer.key_rows >= rows_needed && layer.key_tokens >= 1,
                       "key of layer %lld: expected %lld sequences with tokens, got %lld rows of %lld", ll(index),

@@ -17,6 +17,7 @@
 
 #include "common/arena.h"
 #include "common/dtype.h"
+#include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/status.h"
 #include "score/check.h"
@@ -29,7 +30,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kPadding = 16;  // floats: the widest vector
 // Weights that a wave should hold: enough tiles for the threads to share out, few enough to stay near the cores.
 constexpr size_t kWaveBytes = size_t{4} << 20;
-constexpr int64_t kMaxItems = 256;
+constexpr size_t kMaxItems = 256;  // that a fold walks through at most, for each position tile and row
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -53,21 +54,24 @@ void place(Item& item, int64_t head_dim, bool has_lse, Arena& arena) {
   // A stride that is no multiple of 4 KiB: else the rows of a block would compete for the same cache sets.
   item.stride = item.tiles * kTile + kPadding;
   item.stats_stride = round_up(item.tiles, kPadding);
-  item.query = arena.take<float>(rows * head_dim);
-  item.maxima = arena.take<float>(item.num_rows() * item.stats_stride);
-  item.sums = arena.take<float>(item.num_rows() * item.stats_stride);
+  item.query = arena.take<float>(rows, head_dim);
+  item.maxima = arena.take<float>(item.num_rows(), item.stats_stride);
+  item.sums = arena.take<float>(item.num_rows(), item.stats_stride);
   item.lse = has_lse ? arena.take<float>(item.num_rows()) : nullptr;
   item.begin = arena.take<int64_t>(item.num_rows());
   item.end = arena.take<int64_t>(item.num_rows());
-  item.weights = arena.take<float>(item.num_rows() * item.stride);
+  item.weights = arena.take<float>(item.num_rows(), item.stride);
 }
+
+// Windows of 2 T - 1 tokens and more hold the whole prompt wherever they are centred: their sums are one sum.
+int64_t pool_width(int64_t pool_kernel_size, int64_t max_len) { return std::min(pool_kernel_size, 2 * max_len - 1); }
 
 // Scratch of one thread.
 struct Scratch {
   float *panel, *window, *sums, *best;
 
   Scratch(int64_t head_dim, int64_t pool_width, Arena& arena)
-      : panel(arena.take<float>(head_dim * score_kernels().panel_keys)),
+      : panel(arena.take<float>(head_dim, score_kernels().panel_keys)),
         window(arena.take<float>(kTile + pool_width + 2 * kPadding)),
         sums(arena.take<float>(kTile + kPadding)),
         best(arena.take<float>(kTile + kPadding)) {}
@@ -76,7 +80,10 @@ struct Scratch {
 class Scorer {
  public:
   Scorer(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers, int num_threads)
-      : args_(args), layers_(layers), num_layers_(num_layers), num_threads_(std::max(1, num_threads)) {
+      : args_(args),
+        layers_(layers),
+        num_threads_(clamp_threads(num_threads)),
+        pool_width_(pool_width(args.pool_kernel_size, args.max_len)) {
     for (int64_t i = 0; i < num_layers; ++i) head_dim_ = std::max(head_dim_, layers[i].head_dim);
     for (int64_t i = 0; i < num_layers; ++i) {
       for (int64_t b = 0; b < args.batch; ++b) {
@@ -95,18 +102,18 @@ class Scorer {
       all += count.used();
     }
     Arena count;
-    for (int i = 0; i < num_threads_; ++i) Scratch(head_dim_, args_.pool_kernel_size, count);
+    for (int i = 0; i < num_threads_; ++i) Scratch(head_dim_, pool_width_, count);
     *least = count.used() + largest + Arena::kAlign;
     *best = count.used() + std::max(largest, std::min(all, kWaveBytes)) + Arena::kAlign;
   }
 
   int run(Arena arena) {
-    for (int i = 0; i < num_threads_; ++i) scratch_.emplace_back(head_dim_, args_.pool_kernel_size, arena);
+    for (int i = 0; i < num_threads_; ++i) scratch_.emplace_back(head_dim_, pool_width_, arena);
     const size_t start = arena.used();
     for (size_t first = 0; first < items_.size();) {
       arena.rewind(start);
       size_t last = first;
-      for (int64_t tiles = 0; last < items_.size() && last - first < static_cast<size_t>(kMaxItems); ++last) {
+      for (int64_t tiles = 0; last < items_.size() && last - first < kMaxItems; ++last) {
         Item& item = items_[last];
         const size_t before = arena.used();
         place(item, layer(item).head_dim, layer(item).lse, arena);
@@ -144,7 +151,6 @@ class Scorer {
                  layer.key_tokens,
                  layer.key_stride_row * bytes,
                  layer.key_dtype,
-                 static_cast<int32_t>(bytes),
                  layer.head_dim};
     return item;
   }
@@ -170,18 +176,15 @@ class Scorer {
     // Products come out as exponents of 2, or, with a soft cap, as the argument of its tanh.
     const double unit = args_.softcap != 0 ? 1.0 / args_.softcap : kLog2E;
     const float factor = static_cast<float>(static_cast<double>(layer.scale) * key_scale * unit);
-    const int64_t padded = round_up(item.num_rows(), block);
-    for (int64_t m = 0; m < padded; ++m) {
+    std::fill_n(item.query, round_up(item.num_rows(), block) * layer.head_dim, 0.0f);
+    for (int64_t m = 0; m < item.num_rows(); ++m) {
       float* out = item.query + m / block * block * layer.head_dim + m % block;
       const int64_t n = m % item.rows, head = item.head * item.group + m / item.rows;
       const char* q =
-          static_cast<const char*>(layer.query) + (item.b * layer.query_stride_batch + n * layer.query_stride_row +
-                                                   std::min(head, layer.num_q_heads - 1) * layer.query_stride_head) *
-                                                      bytes;
+          static_cast<const char*>(layer.query) +
+          (item.b * layer.query_stride_batch + n * layer.query_stride_row + head * layer.query_stride_head) * bytes;
       for (int64_t d = 0; d < layer.head_dim; ++d) {
-        const float x =
-            m < item.num_rows() ? to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) : 0.0f;
-        out[d * block] = x * factor;
+        out[d * block] = to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) * factor;
       }
     }
     for (int64_t m = 0; m < item.num_rows(); ++m) {
@@ -267,41 +270,46 @@ class Scorer {
       if (item->b != b) continue;
       for (int64_t m = n; m < item->num_rows(); m += item->rows) {
         score_kernels().pool_max({item->weights + m * item->stride, item->maxima + m * item->stats_stride, length,
-                                  start, count, args_.pool_kernel_size, scratch.window, scratch.sums},
+                                  start, count, pool_width_, scratch.window, scratch.sums},
                                  scratch.best);
       }
     }
     float* state =
         args_.state + b * args_.state_stride_batch + (args_.state_rows == 1 ? 0 : n) * args_.state_stride_row + start;
-    score_kernels().fold(scratch.best, state, start, count, length, args_.pool_kernel_size,
-                         args_.pool_edge == SPECPREFILL_POOL_VALID);
+    const bool valid_edge = args_.pool_edge == SPECPREFILL_POOL_VALID;
+    score_kernels().fold(scratch.best, state, start, count, length, pool_width_,
+                         valid_edge ? 0.0f : static_cast<float>(args_.pool_kernel_size));
   }
 
   const specprefill_score& args_;
   const specprefill_layer* layers_;
-  int64_t num_layers_;
   int num_threads_;
+  int64_t pool_width_;
   int64_t head_dim_ = 1;
   std::vector<Item> items_;
   std::vector<Scratch> scratch_;
 };
 
-// SPECPREFILL_INSTRUCTION_SET in the environment names a lower one, to test or to compare.
-[[maybe_unused]] bool allowed(const char* name) {
-  const char* wanted = std::getenv("SPECPREFILL_INSTRUCTION_SET");
-  return !wanted || !*wanted || !std::strcmp(wanted, name);
+// SPECPREFILL_INSTRUCTION_SET in the environment is an upper bound, to test or to compare; another word bounds nothing.
+[[maybe_unused]] bool allowed(int level) {
+  static constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+  const char* bound = std::getenv("SPECPREFILL_INSTRUCTION_SET");
+  for (int i = 0; bound && i < 3; ++i) {
+    if (!std::strcmp(bound, kNames[i])) return level <= i;
+  }
+  return true;
 }
 
 const ScoreKernels& best_kernels() {
 #if defined(SPECPREFILL_HAVE_AVX512)
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (allowed(2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return avx512::score_kernels;
   }
 #endif
 #if defined(SPECPREFILL_HAVE_AVX2)
   // Every processor with AVX2 and FMA so far has F16C too; not every compiler can ask for it.
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::score_kernels;
+  if (allowed(1) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::score_kernels;
 #endif
   return generic::score_kernels;
 }
@@ -321,19 +329,31 @@ const char* specprefill_instruction_set(void) { return score_kernels().name; }
 
 size_t specprefill_score_workspace_size(int64_t look_ahead, int64_t group, int64_t head_dim, int64_t max_len,
                                         int64_t pool_kernel_size, int num_threads) {
-  Item item{};
-  item.rows = look_ahead, item.group = group;
-  item.readable = max_len + look_ahead - 1;
-  Arena count;
-  place(item, head_dim, true, count);
-  for (int i = 0; i < std::max(1, num_threads); ++i) Scratch(head_dim, pool_kernel_size, count);
-  return count.used() + Arena::kAlign;
+  size_t bytes = 0;
+  guarded("score_workspace_size", [&] {
+    for (int64_t size : {look_ahead, group, head_dim, max_len}) {
+      SPECPREFILL_REQUIRE(size >= 1 && size <= kMaxSize, "sizes: expected 1 to 2^31 - 1, got %lld",
+                          static_cast<long long>(size));
+    }
+    SPECPREFILL_REQUIRE(pool_kernel_size >= 1, "pool_kernel_size: expected at least 1, got %lld",
+                        static_cast<long long>(pool_kernel_size));
+    Item item{};
+    item.rows = look_ahead, item.group = group;
+    item.readable = max_len + look_ahead - 1;
+    Arena count;
+    place(item, head_dim, true, count);
+    for (int i = 0; i < clamp_threads(num_threads); ++i)
+      Scratch(head_dim, pool_width(pool_kernel_size, max_len), count);
+    bytes = count.used() + Arena::kAlign;
+    return static_cast<int>(SPECPREFILL_OK);
+  });
+  return bytes;
 }
 
 int specprefill_score_layers_cpu(const specprefill_score* args, const specprefill_layer* layers, int64_t num_layers,
                                  void* workspace, size_t workspace_bytes, int num_threads) {
-  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_score, got a null pointer");
-  try {
+  return guarded("score_layers", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_score, got a null pointer");
     SPECPREFILL_TRY(check_score(*args, layers, num_layers));
     Scorer scorer(*args, layers, num_layers, num_threads);
     size_t least, best;
@@ -346,7 +366,5 @@ int specprefill_score_layers_cpu(const specprefill_score* args, const specprefil
     const std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::malloc(best)), &std::free);
     if (!memory) throw std::bad_alloc();
     return scorer.run(Arena(memory.get(), best));
-  } catch (const std::bad_alloc&) {
-    return fail(SPECPREFILL_OUT_OF_MEMORY, "score_layers: out of memory");
-  }
+  });
 }

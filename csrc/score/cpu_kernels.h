@@ -18,7 +18,6 @@ struct KeySource {
   const int32_t* block_table;  // nullptr: not paged
   int64_t block_size, block_bytes;
   int32_t dtype;
-  int32_t item_bytes;
   int64_t head_dim;
 };
 
@@ -34,7 +33,7 @@ struct ScoreTile {
   float softcap;     // in powers of 2; 0: none
   float* weights;    // row 0, token 0; kTile-padded; becomes 2^(score - maximum of the tile, or lse)
   int64_t stride;    // between rows of weights
-  float* maxima;     // [num_rows x stats_stride], at this tile; not written when lse is given
+  float* maxima;     // [num_rows x stats_stride], at this tile; lse instead, when it is given
   float* sums;
   int64_t stats_stride;
   float* panel;  // scratch of head_dim * panel_keys floats
@@ -65,9 +64,9 @@ struct ScoreKernels {
   // best[i] = max(best[i], sum of the window centred on token first + i).
   void (*pool_max)(const PoolRow& row, float* best);
 
-  // state[i] = max(state[i], best[i] / divisor), the divisor being the window's width or the part of it in the prompt.
+  // state[i] = max(state[i], best[i] / divisor); divisor 0: the part of the window that lies in the prompt.
   void (*fold)(const float* best, float* state, int64_t first, int64_t count, int64_t length, int64_t width,
-               bool valid_edge);
+               float divisor);
 
   void (*exp2)(const float* x, float* y, int64_t count);  // for tests of its error bound; count a multiple of 16
 };

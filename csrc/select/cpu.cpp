@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <new>
 #include <vector>
 
+#include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/sequences.h"
 #include "common/status.h"
@@ -36,30 +36,45 @@ int64_t budget_chunks(const specprefill_select& args, int64_t chunks) {
   if (args.budget == SPECPREFILL_KEEP_RATIO) {
     wanted = ratio_chunks(args.keep, chunks, args.rounding);
   } else if (args.budget == SPECPREFILL_KEEP_TOKENS) {
-    const int64_t tokens = static_cast<int64_t>(args.keep);
+    const int64_t tokens = static_cast<int64_t>(std::min(args.keep, static_cast<double>(args.max_len)));
     wanted = args.rounding == SPECPREFILL_CEIL ? ceil_div(tokens, args.chunk_size) : tokens / args.chunk_size;
   }
   return std::min(std::max<int64_t>(wanted, 1), chunks);
 }
 
-int check(const specprefill_select& args) {
-  SPECPREFILL_REQUIRE(args.batch >= 1 && args.max_len >= 1,
-                      "importance: expected no empty dimension [B, T], got [%lld, %lld]", ll(args.batch),
+// What the width of a selection follows from.
+int check_budget(const specprefill_select& args) {
+  SPECPREFILL_REQUIRE(args.batch >= 1 && args.max_len >= 1 && args.batch <= kMaxSize && args.max_len <= kMaxSize,
+                      "importance: expected dimensions [B, T] from 1 to 2^31 - 1, got [%lld, %lld]", ll(args.batch),
                       ll(args.max_len));
-  SPECPREFILL_REQUIRE(args.importance && args.indices && args.num_kept && args.overflow,
-                      "importance, indices, num_kept and overflow: expected memory, got a null pointer");
   SPECPREFILL_REQUIRE(args.chunk_size >= 1, "chunk_size: expected at least 1, got %lld", ll(args.chunk_size));
   SPECPREFILL_REQUIRE(args.sink >= 0 && args.tail >= 0, "sink and tail: expected at least 0, got %lld and %lld",
                       ll(args.sink), ll(args.tail));
-  SPECPREFILL_REQUIRE(args.budget >= SPECPREFILL_KEEP_RATIO && args.budget <= SPECPREFILL_KEEP_MASS,
-                      "budget: expected a specprefill_budget, got %d", args.budget);
+  SPECPREFILL_TRY(check_enum("budget", args.budget, SPECPREFILL_KEEP_MASS));
+  SPECPREFILL_TRY(check_enum("rounding", args.rounding, SPECPREFILL_FLOOR));
   if (args.budget == SPECPREFILL_KEEP_TOKENS) {
-    SPECPREFILL_REQUIRE(args.keep >= 1 && args.keep < 9e15, "keep_tokens: expected at least 1, got %g", args.keep);
+    SPECPREFILL_REQUIRE(args.keep >= 1, "keep_tokens: expected at least 1, got %g", args.keep);
   } else {
     const char* name = args.budget == SPECPREFILL_KEEP_RATIO ? "keep_ratio" : "keep_mass";
     SPECPREFILL_REQUIRE(args.keep > 0 && args.keep <= 1, "%s: expected a fraction in (0, 1], got %g", name, args.keep);
   }
-  const int64_t width = specprefill_select_width(&args);
+  return SPECPREFILL_OK;
+}
+
+int64_t selection_width(const specprefill_select& args) {
+  if (args.protect || args.budget == SPECPREFILL_KEEP_MASS) return args.max_len;
+  const int64_t size = std::min(args.chunk_size, args.max_len), chunks = ceil_div(args.max_len, size);
+  const int64_t sink = std::min(args.sink, args.max_len), tail = std::min(args.tail, args.max_len);
+  // A tail may straddle one chunk more than it fills.
+  const int64_t forced = ceil_div(sink, size) + (tail ? 1 + ceil_div(tail, size) : 0);
+  return std::min(args.max_len, std::min(chunks, std::max(budget_chunks(args, chunks), forced)) * size);
+}
+
+int check(const specprefill_select& args) {
+  SPECPREFILL_TRY(check_budget(args));
+  SPECPREFILL_REQUIRE(args.importance && args.indices && args.num_kept && args.overflow,
+                      "importance, indices, num_kept and overflow: expected memory, got a null pointer");
+  const int64_t width = selection_width(args);
   SPECPREFILL_REQUIRE(args.width >= width, "indices: expected room for %lld tokens, got %lld", ll(width),
                       ll(args.width));
   return check_lengths("seq_lens", args.seq_lens, args.batch, args.max_len);
@@ -126,7 +141,7 @@ class Selector {
 
  private:
   bool read(int64_t c) {
-    const int64_t start = c * args_.chunk_size, stop = std::min(start + args_.chunk_size, length_);
+    const int64_t start = c * args_.chunk_size, stop = start + std::min(args_.chunk_size, length_ - start);
     const float* importance = args_.importance + b_ * args_.importance_stride_batch;
     double sum = 0;
     float low = 0;
@@ -174,7 +189,7 @@ class Selector {
     for (size_t c = 0; c < kept_.size(); ++c) {
       if (!kept_[c]) continue;
       const int64_t start = static_cast<int64_t>(c) * args_.chunk_size,
-                    stop = std::min(start + args_.chunk_size, length_);
+                    stop = start + std::min(args_.chunk_size, length_ - start);
       for (int64_t t = start; t < stop; ++t) out[count++] = static_cast<int32_t>(t);
     }
     std::fill(out + count, out + args_.width, -1);
@@ -193,16 +208,21 @@ class Selector {
 using namespace specprefill;
 
 int64_t specprefill_select_width(const specprefill_select* args) {
-  if (args->protect || args->budget == SPECPREFILL_KEEP_MASS) return args->max_len;
-  const int64_t size = args->chunk_size, chunks = ceil_div(args->max_len, size);
-  const int64_t forced = ceil_div(args->sink, size) + (args->tail ? 1 + ceil_div(args->tail, size) : 0);
-  return std::min(args->max_len, std::min(chunks, std::max(budget_chunks(*args, chunks), forced)) * size);
+  int64_t width = -1;
+  guarded("select_width", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_select, got a null pointer");
+    SPECPREFILL_TRY(check_budget(*args));
+    width = selection_width(*args);
+    return SPECPREFILL_OK;
+  });
+  return width;
 }
 
 int specprefill_select_cpu(const specprefill_select* args, int num_threads) {
-  SPECPREFILL_REQUIRE(args, "args: expected a specprefill_select, got a null pointer");
-  SPECPREFILL_TRY(check(*args));
-  try {
+  return guarded("select_chunks", [&]() -> int {
+    SPECPREFILL_REQUIRE(args, "args: expected a specprefill_select, got a null pointer");
+    SPECPREFILL_TRY(check(*args));
+    num_threads = clamp_threads(num_threads);
     std::vector<Selector> selectors;
     for (int64_t b = 0; b < args->batch; ++b) selectors.emplace_back(*args, b);
     std::vector<std::atomic<bool>> rejected(selectors.size());
@@ -217,7 +237,5 @@ int specprefill_select_cpu(const specprefill_select* args, int num_threads) {
     }
     parallel_for(args->batch, num_threads, [&](int64_t b, int) { selectors[static_cast<size_t>(b)].choose(); });
     return SPECPREFILL_OK;
-  } catch (const std::bad_alloc&) {
-    return fail(SPECPREFILL_OUT_OF_MEMORY, "select_chunks: out of memory");
-  }
+  });
 }

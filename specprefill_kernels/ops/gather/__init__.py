@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     token_dim: int = 0
 
     def trim(self) -> "Packed":
-        """The same without padding. Copies one number from the device, so not inside a CUDA graph."""
+        """The same without padding. Copies two numbers from the device, so not inside a CUDA graph."""
         total = int(self.cu_seqlens[-1])
         values = self.values.narrow(self.token_dim, 0, total)
         longest = int(self.cu_seqlens.diff().max())
@@ -48,8 +48,9 @@ def gather_tokens(
     """Pack the kept tokens of `x`: ids, embeddings, M-RoPE positions, slot mappings or anything else per token.
 
     Args:
-        x: [..., B, T, ...] of any dtype and strides; `token_dim` is T's axis and B stands right before it. So
-            [B, T] ids and [B, T, hidden] embeddings take the default, M-RoPE positions [3, B, T] take token_dim=2.
+        x: [..., B, T, ...] of any dtype and strides, at most 8 dimensions on each side of the tokens; `token_dim` is T's
+            axis and B stands right before it. So [B, T] ids and [B, T, hidden] embeddings take the default, M-RoPE
+            positions [3, B, T] take token_dim=2.
         selection: from `select_chunks`, on the same device.
         cu_seqlens: [B + 1] integers: x is packed, [..., sum T, ...] with its tokens on axis `token_dim - 1`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".

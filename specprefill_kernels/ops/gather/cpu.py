@@ -20,6 +20,7 @@ def gather_tokens(
     position_ids = torch.empty(batch * width, dtype=torch.int64)
     offsets = torch.empty(batch + 1, dtype=torch.int32)
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
+    num_kept = num_kept.contiguous()  # a name of its own: a temporary would be freed before the kernel reads it
     _native.module().gather_tokens(
         x.data_ptr(),
         x.element_size(),
@@ -33,7 +34,7 @@ def gather_tokens(
         indices.data_ptr(),
         indices.stride(0),
         width,
-        num_kept.contiguous().data_ptr(),
+        num_kept.data_ptr(),
         values.data_ptr(),
         position_ids.data_ptr(),
         offsets.data_ptr(),

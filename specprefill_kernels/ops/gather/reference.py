@@ -42,8 +42,8 @@ def gather_kv(
     starts, room = kv_rooms(caches[0], batch, layout, block_table, cu_seqlens)
     all_positions = kept_positions(indices, num_kept, room)
     if block_table is not None:
-        used = [int(positions[-1]) + 1 if len(positions) else 0 for positions in all_positions]
-        _checks.block_table_values(block_table, used, caches[0].shape[tokens], caches[0].shape[0])
+        for b, positions in enumerate(all_positions):
+            _check_source_blocks(block_table, b, positions // caches[0].shape[tokens], caches[0].shape[0])
     if out_block_table is not None:
         written = [len(positions) for positions in all_positions]
         _checks.block_table_values(
@@ -95,6 +95,15 @@ def kv_rooms(
         return offsets[:-1], [offsets[b + 1] - offsets[b] for b in range(batch)]
     room = tokens * block_table.shape[1] if block_table is not None else tokens
     return [0] * batch, [room] * batch
+
+
+def _check_source_blocks(block_table: Tensor, b: int, blocks: Tensor, num_blocks: int) -> None:
+    """Only the blocks of kept tokens are read, so only those entries must be ids."""
+    ids = block_table[b][blocks]
+    wrong = ((ids < 0) | (ids >= num_blocks)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        _checks.fail(f"block_table[{b}, {int(blocks[at])}]", f"a block id in [0, {num_blocks})", int(ids[at]))
 
 
 def slots(b: int, positions: Tensor, block_size: int, block_table: Tensor | None) -> tuple[Tensor, ...]:

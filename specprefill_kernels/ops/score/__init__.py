@@ -17,6 +17,8 @@ from specprefill_kernels.ops.score.options import (
     token_axis,
 )
 
+MAX_HEAD_DIM = 65536  # far above any model's; a larger one is a tensor that was expanded or transposed by mistake
+
 __all__ = ["new_state", "score_layer_", "score_layers_", "score_workspace_size"]
 
 
@@ -37,7 +39,7 @@ def score_workspace_size(
 
     It holds one fp32 row of weights per look-ahead row and query head of ONE KV head, for one sequence at a time, and a
     small tile per thread; with more than this the backend scores several heads between two meetings of its threads. For
-    several layers take the largest size of each argument.
+    several layers take the largest of each size, but the smallest `num_kv_heads`.
     """
     sizes = {
         "look_ahead": look_ahead,
@@ -49,12 +51,10 @@ def score_workspace_size(
     for name, value in sizes.items():
         _checks.integer(name, value, 1)
     _checks.odd("pool_kernel_size", pool_kernel_size)
-    if num_q_heads % num_kv_heads:
-        _checks.fail("num_q_heads", f"a multiple of num_kv_heads ({num_kv_heads})", num_q_heads)
     reason = _native.unavailable()
     if reason:
         raise _backends.BackendUnavailable(f"score_workspace_size: {reason}")
-    group = num_q_heads // num_kv_heads
+    group = -(-num_q_heads // num_kv_heads)
     size: int = _native.module().score_workspace_size(
         look_ahead, group, head_dim, max_len, pool_kernel_size, _native.threads()
     )
@@ -218,8 +218,10 @@ def score_layers_(
             f"lse[{i}]",
             f"key_scale[{i}]",
         )
-        _check_layer(q_name, queries_per_layer[i], k_name, keys_per_layer[i], state, layout)
         query, key = queries_per_layer[i], keys_per_layer[i]
+        _check_layer(q_name, query, k_name, key, state, layout)
+        if query.shape[1] != queries_per_layer[0].shape[1]:
+            _checks.fail(q_name, f"{queries_per_layer[0].shape[1]} rows, as the first layer has", query.shape[1])
         if windows[i] is not None:
             _checks.integer("window" if not isinstance(window, Sequence) else f"window[{i}]", windows[i], 1)
         if lse is not None:
@@ -237,8 +239,8 @@ def score_layers_(
     _check_sequences(state, keys_per_layer[0], layout, seq_lens, cu_seqlens, block_table, num_look_ahead)
     if workspace is not None:
         _checks.tensor("workspace", workspace, ndim=1, dtypes=(torch.uint8,), device=state.device)
-        if workspace.stride(0) != 1:
-            _checks.fail("workspace", "a contiguous tensor", f"stride {workspace.stride(0)}")
+        if workspace.stride(0) != 1 or workspace.shape[0] == 0:
+            _checks.fail("workspace", "a contiguous tensor that is not empty", f"shape {_checks.shape(workspace)}")
     torch.ops.specprefill.score_layers_(
         state,
         list(queries_per_layer),
@@ -281,9 +283,9 @@ def _check_options(
     _checks.choice("pool_order", pool_order, POOL_ORDERS)
     _checks.odd("pool_kernel_size", pool_kernel_size)
     if scale is not None:
-        _checks.number("scale", scale)
+        _checks.number("scale", scale, fp32=True)
     if softcap is not None:
-        _checks.number("softcap", softcap, above=0.0)
+        _checks.number("softcap", softcap, above=0.0, fp32=True)
 
 
 def _check_state(state: Tensor) -> None:
@@ -321,6 +323,8 @@ def _check_layer(q_name: str, query: Tensor, k_name: str, key: Tensor, state: Te
     )
     if query.shape[1] == 0 or query.shape[2] == 0 or head_dim == 0:
         _checks.fail(q_name, "no empty dimension", f"shape {_checks.shape(query)}")
+    if head_dim > MAX_HEAD_DIM:
+        _checks.fail(q_name, f"head_dim at most {MAX_HEAD_DIM}", head_dim)
     if any(size == 0 for size in key.shape):
         _checks.fail(k_name, "no empty dimension", f"shape {_checks.shape(key)}")
     kv_heads = key.shape[head_axis(layout)]
@@ -334,7 +338,7 @@ def _axes_of(layout: str) -> list[str]:
 
 def _key_scale(name: str, value: float | Tensor, key: Tensor, layout: str) -> Tensor:
     if not isinstance(value, Tensor):
-        _checks.number(name, value)
+        _checks.number(name, value, fp32=True)
         return torch.full((1,), float(value), dtype=torch.float32, device=key.device)
     _checks.tensor(name, value, ndim=(0, 1), dtypes=(torch.float32,), device=key.device)
     kv_heads = key.shape[head_axis(layout)]

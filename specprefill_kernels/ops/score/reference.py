@@ -107,11 +107,12 @@ def visible(
         seen = seen & (t < length)
     if window > 0:
         seen = seen & (t > position - window)
-    return seen & (position >= 0)
+    return seen
 
 
 def pool(x: Tensor, kernel_size: int, edge: str) -> Tensor:
     """Average of a centred window over the last dimension, same length."""
     flat = x.reshape(1, -1, x.shape[-1])
-    pooled = F.avg_pool1d(flat, kernel_size, 1, kernel_size // 2, count_include_pad=edge == "zero")
-    return pooled.view(x.shape)
+    width = min(kernel_size, 2 * x.shape[-1] - 1)  # a wider window holds everything wherever it is centred
+    pooled = F.avg_pool1d(flat, width, 1, width // 2, count_include_pad=edge == "zero")
+    return pooled.view(x.shape) * (width / kernel_size if edge == "zero" else 1.0)

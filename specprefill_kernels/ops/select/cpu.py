@@ -19,7 +19,8 @@ def select_chunks(
     indices = torch.empty(batch, width, dtype=torch.int32)
     num_kept = torch.empty(batch, dtype=torch.int32)
     overflow = torch.empty(batch, dtype=torch.bool)
-    given = (budget.keep_ratio, budget.keep_tokens, budget.keep_mass)
+    tokens = None if budget.keep_tokens is None else min(budget.keep_tokens, max_len)
+    given = (budget.keep_ratio, tokens, budget.keep_mass)
     (code,) = [i for i, value in enumerate(given) if value is not None]
     _native.module().select(
         importance.data_ptr(),
