@@ -78,17 +78,21 @@ class use_backend:
     def __init__(self, backend: str) -> None:
         check_name(backend)
         self._backend = backend
-        self._before = _Chosen.name
+        self._made_after: str | None = _Chosen.name
+        self._before: list[str] = []
         _Chosen.name = backend
 
     def __enter__(self) -> "use_backend":
-        if _Chosen.name != self._backend:  # another one was set since this was made
-            self._before = _Chosen.name
-            _Chosen.name = self._backend
+        # `with use_backend(...)` restores what was set before the call, which has set the backend already; a context that
+        # is entered later, or again, restores what it finds.
+        fresh = self._made_after is not None and _Chosen.name == self._backend
+        self._before.append(str(self._made_after) if fresh else _Chosen.name)
+        self._made_after = None
+        _Chosen.name = self._backend
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _Chosen.name = self._before
+        _Chosen.name = self._before.pop()
 
 
 def check_name(backend: str) -> None:

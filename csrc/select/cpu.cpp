@@ -36,7 +36,7 @@ int64_t budget_chunks(const specprefill_select& args, int64_t chunks) {
   if (args.budget == SPECPREFILL_KEEP_RATIO) {
     wanted = ratio_chunks(args.keep, chunks, args.rounding);
   } else if (args.budget == SPECPREFILL_KEEP_TOKENS) {
-    const int64_t tokens = static_cast<int64_t>(std::min(args.keep, static_cast<double>(args.max_len)));
+    const int64_t tokens = static_cast<int64_t>(std::min(args.keep, 0x1p53));
     wanted = args.rounding == SPECPREFILL_CEIL ? ceil_div(tokens, args.chunk_size) : tokens / args.chunk_size;
   }
   return std::min(std::max<int64_t>(wanted, 1), chunks);

@@ -48,8 +48,8 @@ def gather_tokens(
     """Pack the kept tokens of `x`: ids, embeddings, M-RoPE positions, slot mappings or anything else per token.
 
     Args:
-        x: [..., B, T, ...] of any dtype and strides, at most 8 dimensions on each side of the tokens; `token_dim` is T's
-            axis and B stands right before it. So [B, T] ids and [B, T, hidden] embeddings take the default, M-RoPE
+        x: [..., B, T, ...] of any dtype and strides, at most 8 dimensions on each side of the tokens; `token_dim` is
+            T's axis and B stands right before it. So [B, T] ids and [B, T, hidden] embeddings take the default, M-RoPE
             positions [3, B, T] take token_dim=2.
         selection: from `select_chunks`, on the same device.
         cu_seqlens: [B + 1] integers: x is packed, [..., sum T, ...] with its tokens on axis `token_dim - 1`.

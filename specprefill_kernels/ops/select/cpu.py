@@ -19,7 +19,7 @@ def select_chunks(
     indices = torch.empty(batch, width, dtype=torch.int32)
     num_kept = torch.empty(batch, dtype=torch.int32)
     overflow = torch.empty(batch, dtype=torch.bool)
-    tokens = None if budget.keep_tokens is None else min(budget.keep_tokens, max_len)
+    tokens = None if budget.keep_tokens is None else min(budget.keep_tokens, 2**53)  # as a double holds it
     given = (budget.keep_ratio, tokens, budget.keep_mass)
     (code,) = [i for i, value in enumerate(given) if value is not None]
     _native.module().select(
