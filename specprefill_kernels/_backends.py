@@ -83,8 +83,8 @@ class use_backend:
         _Chosen.name = backend
 
     def __enter__(self) -> "use_backend":
-        # `with use_backend(...)` restores what was set before the call, which has set the backend already; a context that
-        # is entered later, or again, restores what it finds.
+        # `with use_backend(...)` restores what was set before the call, which has set the backend already. A context
+        # that is entered later, or again, restores what it finds.
         fresh = self._made_after is not None and _Chosen.name == self._backend
         self._before.append(str(self._made_after) if fresh else _Chosen.name)
         self._made_after = None
