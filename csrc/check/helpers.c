@@ -84,6 +84,18 @@ int32_t* random_block_table(random_source* source, int64_t count, int64_t width,
   return table;
 }
 
+int refused(int status, const char* what) {
+  if (status != SPECPREFILL_INVALID_ARGUMENT && status != SPECPREFILL_OUT_OF_MEMORY) {
+    return report("%s: expected to be refused, got status %d", what, status);
+  }
+  return specprefill_last_error()[0] == '\0' ? report("%s: refused without a reason", what) : 0;
+}
+
+int accepted(int status, const char* what) {
+  if (status != SPECPREFILL_OK) return report("%s: %s", what, specprefill_last_error());
+  return specprefill_last_error()[0] != '\0' ? report("%s: left the reason \"%s\"", what, specprefill_last_error()) : 0;
+}
+
 int report(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);

@@ -29,6 +29,11 @@ int32_t* exact_int32(int64_t count);
 /* Block ids for `count` sequences of `width` blocks, in random order, drawn from `num_blocks`. */
 int32_t* random_block_table(random_source* source, int64_t count, int64_t width, int64_t num_blocks);
 
+/* Whether a call with a bad argument failed as it must, with a reason; prints `what` and returns 1 if not. */
+int refused(int status, const char* what);
+/* Whether a call succeeded and left no reason behind. */
+int accepted(int status, const char* what);
+
 /* Prints what differs and returns 1. */
 __attribute__((format(printf, 1, 2))) int report(const char* format, ...);
 

@@ -28,7 +28,8 @@ int main(int argc, char** argv) {
   if (argc > 1) options.cases = atoll(argv[1]);
   if (argc > 2) options.seed = atoll(argv[2]);
   const int callers = argc > 3 ? atoi(argv[3]) : 1;
-  int64_t failures[16] = {0}, failed = check_errors();
+  int64_t failures[16] = {0}, failed = 0;
+  failed += check_score_errors() + check_finalize_errors() + check_select_errors() + check_gather_errors();
   pthread_t threads[16];
   if (callers < 1 || callers > 16) return report("callers: expected 1 to 16, got %d", callers);
   for (int i = 0; i < callers; ++i) {

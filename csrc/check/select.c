@@ -93,6 +93,12 @@ static int compare(const specprefill_select* args) {
   return failed;
 }
 
+/* A length of sink or tail: often none, often one that straddles chunks, now and then without end. */
+static int64_t random_protected(random_source* source, int64_t chunk) {
+  if (random_once_in(source, 20)) return INT64_MAX;
+  return random_once_in(source, 2) ? 0 : random_int(source, 0, 3 * chunk);
+}
+
 int check_select(random_source* source) {
   specprefill_select args;
   memset(&args, 0, sizeof args);
@@ -103,8 +109,9 @@ int check_select(random_source* source) {
   args.budget = (int32_t)random_int(source, 0, 2);
   args.keep = (double)random_int(source, 1, 20) / 20;
   if (args.budget == SPECPREFILL_KEEP_TOKENS) args.keep = (double)random_int(source, 1, args.max_len + 40);
-  if (random_once_in(source, 3)) args.sink = random_int(source, 0, 40);
-  if (random_once_in(source, 3)) args.tail = random_int(source, 0, 40);
+  if (args.budget == SPECPREFILL_KEEP_TOKENS && random_once_in(source, 10)) args.keep = 1e18;
+  args.sink = random_protected(source, args.chunk_size);
+  args.tail = random_protected(source, args.chunk_size);
   args.importance_stride_token = random_int(source, 1, 2);
   args.importance_stride_batch = args.max_len * args.importance_stride_token;
   const int64_t items = args.importance_stride_batch * args.batch - (args.importance_stride_token - 1);
