@@ -7,6 +7,7 @@ from calls import CALLS
 from grid import REQUIRED, Backend, backends
 
 import specprefill_kernels as spk
+from specprefill_kernels import _backends
 
 OPS = [
     "score_layer",
@@ -74,6 +75,36 @@ def test_use_backend_as_a_setter():
     spk.use_backend("reference")
     try:
         call("select")
+    finally:
+        spk.use_backend("auto")
+
+
+def chosen() -> str:
+    """The backend that a call without one would take."""
+    return _backends.resolve("select_chunks", "auto", "cpu")
+
+
+def test_use_backend_restores_what_was_set_when_it_was_entered():
+    automatic = chosen()
+    with spk.use_backend("reference"):
+        with spk.use_backend("cpu"):
+            with spk.use_backend("reference"):
+                assert chosen() == "reference"
+            assert chosen() == "cpu"
+        assert chosen() == "reference"
+    assert chosen() == automatic
+
+
+def test_use_backend_entered_late_restores_what_was_set_meanwhile():
+    try:
+        context = spk.use_backend("reference")
+        spk.use_backend("cpu")
+        with context:
+            assert chosen() == "reference"
+            with context:
+                assert chosen() == "reference"
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
     finally:
         spk.use_backend("auto")
 
