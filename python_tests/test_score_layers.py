@@ -111,7 +111,6 @@ def test_a_workspace_too_small_is_named(backend):
     ("changes", "name"),
     [
         ({"look_ahead": 0}, "look_ahead"),
-        ({"num_q_heads": 3}, "num_q_heads"),
         ({"pool_kernel_size": 2}, "pool_kernel_size"),
     ],
     ids=str,

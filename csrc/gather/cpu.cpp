@@ -146,6 +146,7 @@ void gather_tokens(const specprefill_gather_tokens& args, int num_threads) {
 
 // Tokens that a row of a block table reaches; positions stay below kMaxSize, so a larger room need not be known.
 int64_t table_room(int64_t width, int64_t block_size) {
+  if (width < 1) return 0;
   return width > kMaxSize / block_size ? kMaxSize : width * block_size;
 }
 

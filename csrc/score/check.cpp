@@ -17,6 +17,7 @@ int64_t room_for(const specprefill_score& args, const specprefill_layer& layer, 
   if (args.layout == SPECPREFILL_PACKED) return args.cu_seqlens[b + 1] - args.cu_seqlens[b];
   // Nobody reads more than kMaxSize tokens, so a larger room need not be known.
   if (args.layout == SPECPREFILL_PAGED) {
+    if (args.block_table_width < 1) return 0;
     return args.block_table_width > kMaxSize / layer.key_tokens ? kMaxSize : args.block_table_width * layer.key_tokens;
   }
   return layer.key_tokens;
