@@ -38,8 +38,8 @@ EXTRAS = {"demo": "demo", "test": "test", "lint": "dev", "sanitize": "dev", "set
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
-# torch's threads spin while they wait for each other. With another program on the same cores they then wait for a thread
-# that their spinning keeps from running: seven tokens of a 135M model took 12 s, and 0.5 s when waiting threads sleep.
+# torch's threads spin while they wait for each other. With another program on the same cores they then wait for a
+# thread that their spinning keeps from running: seven tokens of a 135M model took 12 s, and 0.5 s when they sleep.
 QUIET_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 CPP_SUFFIXES = (".c", ".cpp", ".h", ".cu", ".cuh")
