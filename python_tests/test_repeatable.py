@@ -130,3 +130,19 @@ def test_callers_in_many_threads_do_not_disturb_each_other(backend):
         for _ in range(3):
             for left, right in zip(pool.map(lambda problem: problem.run(backend), problems), single, strict=True):
                 same(left, right)
+
+
+@pytest.mark.parametrize("pool_kernel_size", [13, 31, 101])
+def test_a_short_prompt_is_scored_the_same_beside_a_long_one(pool_kernel_size):
+    """Bit for bit, and in a state of its own size too: the window's sums are formed by the prompt, not by the batch."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [700, *range(1, 20)]
+    query = torch.randn(len(lengths), 4, 4, 32, generator=generator)
+    key = torch.randn(len(lengths), 2, max(lengths), 32, generator=generator)
+    together = spk.new_state(len(lengths), 4, max(lengths))
+    options = {"pool_kernel_size": pool_kernel_size, "backend": "cpu"}
+    spk.score_layer_(together, query, key, seq_lens=torch.tensor(lengths), **options)
+    for b, length in enumerate(lengths):
+        alone = spk.new_state(1, 4, length)
+        spk.score_layer_(alone, query[b : b + 1], key[b : b + 1, :, :length], **options)
+        assert torch.equal(alone[0], together[b, :, :length]), f"length {length}"

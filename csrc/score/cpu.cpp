@@ -63,8 +63,8 @@ void place(Item& item, int64_t head_dim, bool has_lse, Arena& arena) {
   item.weights = arena.take<float>(item.num_rows(), item.stride);
 }
 
-// Windows of 2 T - 1 tokens and more hold the whole prompt wherever they are centred: their sums are one sum.
-int64_t pool_width(int64_t pool_kernel_size, int64_t max_len) { return std::min(pool_kernel_size, 2 * max_len - 1); }
+// Windows of 2 * length - 1 tokens and more hold the whole prompt wherever they are centred: their sums are one sum.
+int64_t pool_width(int64_t pool_kernel_size, int64_t length) { return std::min(pool_kernel_size, 2 * length - 1); }
 
 // Scratch of one thread.
 struct Scratch {
@@ -265,19 +265,21 @@ class Scorer {
   void fold_row(const Item* first, const Item* last, int64_t b, int64_t n, int64_t start, int64_t count,
                 Scratch& scratch) {
     const int64_t length = prompt_length(args_, b);
+    // By this prompt's length, not the batch's: the order of additions must be the one it has alone.
+    const int64_t width = pool_width(args_.pool_kernel_size, length);
     std::fill_n(scratch.best, kTile + kPadding, 0.0f);
     for (const Item* item = first; item != last; ++item) {
       if (item->b != b) continue;
       for (int64_t m = n; m < item->num_rows(); m += item->rows) {
         score_kernels().pool_max({item->weights + m * item->stride, item->maxima + m * item->stats_stride, length,
-                                  start, count, pool_width_, scratch.window, scratch.sums},
+                                  start, count, width, scratch.window, scratch.sums},
                                  scratch.best);
       }
     }
     float* state =
         args_.state + b * args_.state_stride_batch + (args_.state_rows == 1 ? 0 : n) * args_.state_stride_row + start;
     const bool valid_edge = args_.pool_edge == SPECPREFILL_POOL_VALID;
-    score_kernels().fold(scratch.best, state, start, count, length, pool_width_,
+    score_kernels().fold(scratch.best, state, start, count, length, width,
                          valid_edge ? 0.0f : static_cast<float>(args_.pool_kernel_size));
   }
 
