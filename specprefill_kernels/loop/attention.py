@@ -44,7 +44,10 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Attentio
             if interface is not None:
                 return interface[implementation]
     if implementation == "eager":
-        raise NotImplementedError(f"{type(module).__name__} has no eager attention function beside its class")
+        raise RuntimeError(
+            f"{type(module).__name__} has no eager attention function beside its class, which a sliding window over "
+            'gapped positions needs here; load the model with attn_implementation="sdpa"'
+        )
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
