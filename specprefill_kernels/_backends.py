@@ -120,10 +120,11 @@ def resolve(op: str, backend: str, device: str) -> str:
         backend = _Chosen.name
     if backend == "auto":
         return _automatic(op, device)
-    wanted = DEVICE_OF_BACKEND.get(backend, device)
+    module, reason = _load(op, backend)
+    # A module may know better: Triton's interpreter takes CPU tensors.
+    wanted = getattr(module, "DEVICE_TYPE", DEVICE_OF_BACKEND.get(backend, device))
     if wanted != device:
         raise BackendUnavailable(f"{op}: backend {backend!r} takes {wanted} tensors, got {device} tensors")
-    module, reason = _load(op, backend)
     if module is None:
         raise BackendUnavailable(f"{op}: backend {backend!r} cannot run here: {reason}")
     return backend
