@@ -82,11 +82,14 @@ def _device_target(index: int) -> Target:
 
 def target_of(x: Tensor) -> Target:
     """The target that x lies on."""
+    return default_target() if INTERPRETED or _Recorder.target is not None else _device_target(x.device.index)
+
+
+def default_target() -> Target:
+    """The target of the current device."""
     if _Recorder.target is not None:
         return _Recorder.target
-    if INTERPRETED:
-        return Target("interpreter", 0, 1)
-    return _device_target(x.device.index)
+    return Target("interpreter", 0, 1) if INTERPRETED else _device_target(torch.cuda.current_device())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, on: Tensor, **meta: Any) -> None:

@@ -1,0 +1,137 @@
+"""Launch heuristics of the score kernels, as data.
+
+The key is the target's shared memory and the bytes of one key row there, since a stage of the pipeline is one tile of
+keys. None of the numbers has been timed on a GPU yet; each follows from the limits that its comment names, and the
+ahead-of-time check shows that it fits: no spill, shared memory within the architecture's limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specprefill_kernels._triton import Target
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel walks over the keys.
+
+    Attributes:
+        block_t: keys of a tile, a power of two.
+        tiles: tiles that one program walks over. A constant for a target and shape class, never a function of the
+            batch: each row's sum is then split at the same places, alone or in a batch.
+        num_warps: warps of a program.
+        num_stages: tiles of keys in flight.
+    """
+
+    block_t: int
+    tiles: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """One configuration of the two kernels that read keys.
+
+    Attributes:
+        block_m: rows of a tile: look-ahead rows of a GQA group, at least the 16 of one tensor-core instruction.
+        normalize: of the kernel that sums each row's exponentials.
+        pool: of the kernel that weighs, pools and keeps the maximum.
+    """
+
+    block_m: int
+    normalize: Tile
+    pool: Tile
+
+
+# More rows than 64 would hold 64 x block_t logits, weights and pooled weights: 3 x 64 x 64 fp32 are 96 registers a
+# thread at 4 warps, above that they spill.
+MAX_BLOCK_M = 64
+MIN_BLOCK_M = 16
+
+# Shared memory of a block in KiB, by compute capability; gfx942 has 64 KiB of LDS.
+_SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+_SMALL, _LARGE, _LDS, _INTERPRETER = "small", "large", "lds", "interpreter"
+
+# (memory class, row bytes up to) -> (normalize, pool) as (block_t, tiles, num_stages).
+# normalize: 512 to 1024 keys a program: 128 programs a head at 128K tokens fill any GPU, and their partial sums are 8
+#   bytes a row against 128 KiB of keys and more.
+# pool: block_t 64, as pooling multiplies by a 64 x 64 band, 4 * block_t operations a weight beside the 2 * D of the
+#   dot: with 128 the band would cost more than the dot at D = 128; with 32 the halo of 12 keys would be read for each 20.
+# num_stages: a tile is 8 to 32 KiB; two CTAs per SM with 2 of them in flight each cover the latency of HBM (about
+#   700 ns at 25 bytes per ns and SM, 18 KiB), more where shared memory is there for nothing else.
+_TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    (_LARGE, 128): ((128, 8, 4), (64, 8, 4)),
+    (_LARGE, 256): ((128, 8, 3), (64, 8, 3)),
+    (_LARGE, 512): ((64, 8, 3), (64, 8, 2)),
+    (_LARGE, 1024): ((32, 16, 3), (32, 16, 2)),
+    (_SMALL, 128): ((128, 8, 3), (64, 8, 3)),
+    (_SMALL, 256): ((64, 16, 3), (64, 8, 2)),
+    (_SMALL, 512): ((64, 8, 2), (32, 16, 2)),
+    (_SMALL, 1024): ((32, 16, 2), (32, 16, 1)),
+    # gfx942: 64 KiB of LDS a workgroup, all that two tiles may take.
+    (_LDS, 128): ((128, 8, 2), (64, 8, 2)),
+    (_LDS, 256): ((64, 8, 2), (64, 8, 2)),
+    (_LDS, 512): ((32, 16, 2), (32, 16, 2)),
+    (_LDS, 1024): ((32, 16, 1), (32, 16, 1)),
+}
+# The interpreter pays for each operation, not for each element: one tile holds all that tests have.
+_INTERPRETED = (Tile(128, 2, 4, 1), Tile(128, 2, 4, 1))
+
+# Stretches of keys whose sums `join_sums` reads at once: 32 x 64 rows are 16 registers a thread at 4 warps.
+JOINED_AT_ONCE = 32
+
+# fp8 e4m3 is converted by an instruction from sm_89 on; below, and on other vendors, by integer arithmetic.
+NATIVE_FP8_FROM = 89
+
+
+def memory_class(target: Target) -> str:
+    if target.interpreted:
+        return _INTERPRETER
+    if target.vendor == "hip":
+        return _LDS
+    # An architecture that is not in the table is taken for a small one.
+    return _LARGE if _SHARED_KIB.get(target.arch, 99) > 99 else _SMALL
+
+
+def native_fp8(target: Target) -> bool:
+    return target.vendor == "cuda" and target.arch >= NATIVE_FP8_FROM
+
+
+def dot_precision(target: Target) -> str:
+    """How fp32 operands are multiplied: by three TF32 products each on NVIDIA (error about 2^-21), else exactly."""
+    return "tf32x3" if target.vendor == "cuda" else "ieee"
+
+
+def choose(target: Target, row_bytes: int, rows: int) -> ScoreConfig:
+    """
+    Args:
+        row_bytes: of one key as the dot reads it, head_dim times the element size.
+        rows: look-ahead rows of a GQA group, with the padding of `row_blocks`.
+    """
+    block_m = min(max(rows, MIN_BLOCK_M), MAX_BLOCK_M)
+    kind = memory_class(target)
+    if kind == _INTERPRETER:
+        return ScoreConfig(block_m, *_INTERPRETED)
+    limit = next((size for size in (128, 256, 512) if row_bytes <= size), 1024)
+    return _config(block_m, *_TILES[kind, limit])
+
+
+def _config(block_m: int, normalize: tuple[int, int, int], pool: tuple[int, int, int]) -> ScoreConfig:
+    warps = 8 if block_m == MAX_BLOCK_M else 4
+    (n_block, n_tiles, n_stages), (p_block, p_tiles, p_stages) = normalize, pool
+    return ScoreConfig(block_m, Tile(n_block, n_tiles, warps, n_stages), Tile(p_block, p_tiles, warps, p_stages))
+
+
+def configs(target: Target) -> tuple[ScoreConfig, ...]:
+    """All that `choose` may return."""
+    kind = memory_class(target)
+    if kind == _INTERPRETER:
+        return tuple(ScoreConfig(block_m, *_INTERPRETED) for block_m in (16, 32, MAX_BLOCK_M))
+    return tuple(
+        _config(block_m, *tiles)
+        for (memory, _), tiles in _TILES.items()
+        if memory == kind
+        for block_m in (16, 32, MAX_BLOCK_M)
+    )

@@ -1,0 +1,256 @@
+"""The score in Triton: two passes over the keys, or one where the caller knows each row's log-sum-exp.
+
+1. `partial_sums`: each row's maximum logit and sum of exponentials, for one stretch of keys.
+2. `join_sums`: those of a row, joined in the order of the stretches into its log-sum-exp.
+3. `pool_max`: weights exp(logit - lse), pooled over positions, maximum over the group's heads, atomic maximum into
+   `state`. A maximum knows no order, so the result is the same bit for bit from run to run.
+
+Bytes that must move, for each layer, KV head and prompt token: the key, D * size, once with `lse` and twice without; in
+pass 3 the halo of pool_kernel_size - 1 keys a tile is read twice, from L2; N * 4 bytes of `state` take atomic
+operations in L2. Partial sums are 8 bytes for each row and stretch of 512 keys or more.
+Operations for each key and row: 2 D for each pass; 4 * block_t for pooling, which is a product with a band of ones on
+tensor cores, the weights as the sum of two bf16 (relative error 2^-17).
+"""
+
+import triton
+import triton.language as tl
+
+from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, hide, key_offsets, logits, pick, query_part
+
+LN2 = tl.constexpr(0.6931471805599453)
+# Numbers that differ from call to call; a kernel for each value of them would gain nothing.
+PLAIN = ["look_ahead", "capacity", "room", "num_blocks", "splits", "half", "window", "group", "out_tokens", "programs"]
+
+
+@triton.jit
+def rows_of_block(block, group, look_ahead, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(head within the group, look-ahead row) of each row of a tile."""
+    BLOCK_G: tl.constexpr = BLOCK_M // BLOCK_N
+    n_blocks = tl.cdiv(look_ahead, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    return block // n_blocks * BLOCK_G + m // BLOCK_N, block % n_blocks * BLOCK_N + m % BLOCK_N
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def partial_sums(
+    queries, keys, key_scales, maxima, sums, seq_lens, cu_seqlens, num_look_ahead, block_table,
+    q_stride_b, q_stride_n, q_stride_h, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d, scale_stride,
+    table_stride, block_size, num_blocks, batch, kv_heads, row_blocks, group, look_ahead, capacity, room, splits,
+    scale, softcap, window,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILES: tl.constexpr, OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """maxima, sums [layers * KV heads * row blocks, B, splits, BLOCK_M]: one program for each of the first three."""
+    pid = tl.program_id(0)
+    split, b, unit = pid % splits, pid // splits % batch, pid // splits // batch
+    block, head, layer = unit % row_blocks, unit // row_blocks % kv_heads, unit // row_blocks // kv_heads
+    start, length, rows, readable = bounds(
+        b, seq_lens, cu_seqlens, num_look_ahead, capacity, room, look_ahead, EXTRA_KEYS
+    )
+    if not EXTRA_KEYS:
+        readable = length
+    first = split * (BLOCK_T * TILES)
+    if first >= readable:
+        return
+    g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
+    position = (length - rows if OBSERVATION else length - 1) + n
+    ok = (n < rows) & (g < group)
+    query = pick(queries, layer)
+    q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
+    q_offset += (head * group + g).to(tl.int64) * q_stride_h
+    q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+    q_rest = None
+    if D_REST > 0:
+        q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
+    key = pick(keys, layer)
+    factor = scale
+    if key_scales is not None:
+        factor = scale * tl.load(pick(key_scales, layer) + head * scale_stride)
+
+    last = tl.minimum(first + BLOCK_T * TILES, readable)
+    from_key = first
+    if window is not None:  # no row sees a key before its window, and the lowest row's begins first
+        lowest = (length - rows if OBSERVATION else length - 1) - window + 1
+        from_key = tl.maximum(first, lowest // BLOCK_T * BLOCK_T)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for t0 in range(from_key, last, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        offset, k_ok = key_offsets(
+            t, t < readable, b, head, start, block_table, table_stride, block_size, num_blocks,
+            k_stride_b, k_stride_h, k_stride_t,
+        )  # fmt: skip
+        x = logits(
+            query, q_offset, ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
+            HEAD_DIM, D_FIRST, D_REST, FP8, FP8_NATIVE, DOT, PRECISION,
+        )  # fmt: skip
+        x = hide(x, t, position, readable, window, OBSERVATION or EXTRA_KEYS)
+        higher = tl.maximum(maximum, tl.max(x, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: -Inf - -Inf is NaN
+        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(x - base[:, None]), 1)
+        maximum = higher
+    at = ((unit.to(tl.int64) * batch + b) * splits + split) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(maxima + at, maximum)
+    tl.store(sums + at, total)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def join_sums(
+    lse, maxima, sums, seq_lens, cu_seqlens, num_look_ahead,
+    batch, kv_heads, row_blocks, group, look_ahead, capacity, room, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
+    EXTRA_KEYS: tl.constexpr,
+):  # fmt: skip
+    """lse [layers, B, N, Hq], natural logarithm; 0 for a row that sees no key. One program for each tile of rows."""
+    pid = tl.program_id(0)
+    b, unit = pid % batch, pid // batch
+    block, head, layer = unit % row_blocks, unit // row_blocks % kv_heads, unit // row_blocks // kv_heads
+    _, length, rows, readable = bounds(b, seq_lens, cu_seqlens, num_look_ahead, capacity, room, look_ahead, EXTRA_KEYS)
+    if not EXTRA_KEYS:
+        readable = length
+    count = tl.cdiv(readable, SPLIT_TOKENS)
+    m = tl.arange(0, BLOCK_M)
+    base = ((unit.to(tl.int64) * batch + b) * splits) * BLOCK_M
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for s0 in range(0, count, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        at = base + (s[:, None] * BLOCK_M + m[None, :])
+        there = (s < count)[:, None]
+        highest = tl.load(maxima + at, mask=there, other=float("-inf"))
+        part = tl.load(sums + at, mask=there, other=0.0)
+        higher = tl.maximum(maximum, tl.max(highest, 0))
+        zero = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(maximum - zero) + tl.sum(part * tl.exp2(highest - zero[None, :]), 0)
+        maximum = higher
+    value = tl.where((maximum == float("-inf")) & (total == 0.0), 0.0, (maximum + tl.log2(total)) * LN2)
+    g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
+    row = (layer.to(tl.int64) * batch + b) * look_ahead + n
+    tl.store(lse + row * (kv_heads * group) + head * group + g, value, mask=(n < rows) & (g < group))
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def pool_max(
+    state, queries, keys, key_scales, lse, seq_lens, cu_seqlens, num_look_ahead, block_table,
+    state_stride_b, state_stride_n, lse_stride_b, lse_stride_n, lse_stride_h,
+    q_stride_b, q_stride_n, q_stride_h, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d, scale_stride,
+    table_stride, block_size, num_blocks, batch, kv_heads, row_blocks, group, look_ahead, capacity, room,
+    scale, softcap, window, half, width, out_tokens, programs,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILES: tl.constexpr, OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    POOL: tl.constexpr, VALID_EDGE: tl.constexpr, ONE_ROW: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """state [B, N or 1, T]: each program writes TILES tiles of `out_tokens` positions, for one layer and KV head.
+
+    `half` positions on each side are pooled with a position, and `width` is what their sum is divided by. POOL: "none",
+    "tile" (the positions that a tile pools are one tile of keys: out_tokens + 2 * half <= BLOCK_T) or "wide".
+    """
+    pid = tl.program_id(0)
+    stretch, b, unit = pid % programs, pid // programs % batch, pid // programs // batch
+    block, head, layer = unit % row_blocks, unit // row_blocks % kv_heads, unit // row_blocks // kv_heads
+    start, length, rows, _ = bounds(b, seq_lens, cu_seqlens, num_look_ahead, capacity, room, look_ahead, EXTRA_KEYS)
+    first = stretch * (out_tokens * TILES)
+    if first >= length:
+        return
+    g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
+    lowest = length - rows if OBSERVATION else length - 1
+    position = lowest + n
+    ok = (n < rows) & (g < group)
+    query = pick(queries, layer)
+    q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
+    q_offset += (head * group + g).to(tl.int64) * q_stride_h
+    q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+    q_rest = None
+    if D_REST > 0:
+        q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
+    key = pick(keys, layer)
+    factor = scale
+    if key_scales is not None:
+        factor = scale * tl.load(pick(key_scales, layer) + head * scale_stride)
+    lse_at = b.to(tl.int64) * lse_stride_b + n.to(tl.int64) * lse_stride_n
+    lse_at += (head * group + g).to(tl.int64) * lse_stride_h
+    norm = tl.load(pick(lse, layer) + lse_at, mask=ok, other=0.0)
+    norm = tl.where(norm == float("inf"), float("nan"), norm) * LOG2E  # as any other that is no number: to be seen
+
+    last = tl.minimum(first + out_tokens * TILES, length)
+    for out0 in range(first, last, out_tokens):
+        out = out0 + tl.arange(0, BLOCK_T)
+        to_key = tl.minimum(tl.minimum(out0 + out_tokens, length) + half, length)
+        seen_from = 0
+        if window is not None:  # no row sees a key before that of the lowest row's window
+            seen_from = tl.maximum(lowest - window + 1, 0)
+        if POOL == "wide":
+            pooled = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+            for t0 in range(tl.maximum(out0 - half, seen_from), to_key, BLOCK_T):
+                t = t0 + tl.arange(0, BLOCK_T)
+                weight = weights(
+                    t, t < length, position, length, norm, window,
+                    b, head, start, block_table, table_stride, block_size, num_blocks,
+                    k_stride_b, k_stride_h, k_stride_t,
+                    query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
+                    HEAD_DIM, D_FIRST, D_REST, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
+                )  # fmt: skip
+                pooled = add_band(pooled, weight, t, out, half, UPCAST)
+        else:  # one tile of keys: no loop in the loop, so that the next tile's keys are on their way meanwhile
+            t = out0 - half + tl.arange(0, BLOCK_T)
+            pooled = weights(
+                t, (t >= seen_from) & (t < to_key), position, length, norm, window,
+                b, head, start, block_table, table_stride, block_size, num_blocks,
+                k_stride_b, k_stride_h, k_stride_t,
+                query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
+                HEAD_DIM, D_FIRST, D_REST, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
+            )  # fmt: skip
+            if POOL == "tile":
+                pooled = add_band(tl.zeros((BLOCK_M, BLOCK_T), tl.float32), pooled, t, out, half, UPCAST)
+        if VALID_EDGE:
+            inside = tl.minimum(out + half, length - 1) - tl.maximum(out - half, 0) + 1
+            pooled = pooled / tl.maximum(inside, 1).to(tl.float32)[None, :]
+        else:
+            pooled = pooled / width
+        # Bits of numbers that are not negative order as integers do, and NaN above them all: it stays.
+        bits = pooled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = tl.where(ok[:, None], bits, 0)
+        bits = tl.max(tl.reshape(bits, (BLOCK_M // BLOCK_N, BLOCK_N, BLOCK_T)), 0)
+        here = (out < out0 + out_tokens) & (out < length)
+        target = state.to(tl.pointer_type(tl.int32)) + b.to(tl.int64) * state_stride_b
+        if ONE_ROW:
+            tl.atomic_max(target + out, tl.max(bits, 0), mask=here, sem="relaxed")
+        else:
+            row = block % tl.cdiv(look_ahead, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+            at = row[:, None].to(tl.int64) * state_stride_n + out[None, :]
+            tl.atomic_max(target + at, bits, mask=(row < rows)[:, None] & here[None, :], sem="relaxed")
+
+
+@triton.jit
+def weights(
+    t, wanted, position, length, norm, window, b, head, start, block_table, table_stride, block_size, num_blocks,
+    k_stride_b, k_stride_h, k_stride_t, query, q_offset, q_ok, q_stride_d, q_first, q_rest,
+    key, k_stride_d, factor, softcap,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, OBSERVATION: tl.constexpr,
+    FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_T] attention weights exp(logit - lse), zero where a row does not see a key."""
+    offset, k_ok = key_offsets(
+        t, wanted, b, head, start, block_table, table_stride, block_size, num_blocks,
+        k_stride_b, k_stride_h, k_stride_t,
+    )  # fmt: skip
+    x = logits(
+        query, q_offset, q_ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
+        HEAD_DIM, D_FIRST, D_REST, FP8, FP8_NATIVE, DOT, PRECISION,
+    )  # fmt: skip
+    x = hide(x, t, position, length, window, OBSERVATION)
+    # A row that sees no key has the lse 0, or -Inf from the caller: -Inf - -Inf is NaN.
+    return tl.where(x == float("-inf"), 0.0, tl.exp2(x - norm[:, None]))
+
+
+@triton.jit
+def add_band(pooled, weight, t, out, half, UPCAST: tl.constexpr):
+    """pooled + weight summed over the keys t within `half` of each position `out`: a product with a band of ones."""
+    band = tl.where(tl.abs(t[:, None] - out[None, :]) <= half, 1.0, 0.0).to(tl.bfloat16)
+    high = weight.to(tl.bfloat16)
+    low = (weight - high.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:  # the interpreter would multiply the bits of bf16
+        band, high, low = band.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
+    return tl.dot(low, band, tl.dot(high, band, pooled))
