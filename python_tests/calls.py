@@ -24,16 +24,17 @@ class Call:
     make: Callable[[], dict]
 
     def arguments(self, device: str = "cpu") -> dict:
-        return {name: _placed(value, device) for name, value in self.make().items()}
+        return {name: placed(value, device) for name, value in self.make().items()}
 
 
-def _placed(value, device: str):
+def placed(value, device: str):
+    """An argument, with every tensor in it on the device."""
     if isinstance(value, torch.Tensor):
         return place(value, device)
     if isinstance(value, spk.Selection):
-        return spk.Selection(*(place(part, device) for part in value))
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-        return type(value)(place(part, device) for part in value)
+        return spk.Selection(*(placed(part, device) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(placed(part, device) for part in value)
     return value
 
 

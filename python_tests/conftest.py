@@ -1,26 +1,70 @@
-"""Fixtures shared by the op tests."""
+"""Fixtures and options shared by the tests."""
 
 from __future__ import annotations
 
+import contextlib
+import zlib
+
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from grid import INTERPRETED, poisoned
 
-settings.register_profile(
-    "specprefill",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("specprefill")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # properties.py then skips what needs it: a GPU machine may have nothing but its own packages
+    pass
+else:
+    settings.register_profile(
+        "specprefill",
+        deadline=None,
+        derandomize=True,
+        # The interpreter takes a tenth of a second for a score; the first examples that it draws are the same ones.
+        max_examples=12 if INTERPRETED else 60,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("specprefill")
+
+
+def no_gpu() -> str | None:
+    """Why tests that need a GPU cannot run here, or None."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1: Triton's kernels run on CPU tensors in this process"
+    return None if torch.cuda.is_available() else "no GPU that torch can use"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", help="i/n: run the i-th of n parts of the tests; all tests of a function fall in one")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep one part, so that several processes share the work (bench/gpu_check.sh) with nothing but pytest itself."""
+    if not config.getoption("--shard"):
+        return
+    index, count = map(int, config.getoption("--shard").split("/"))
+    # A function's parameters share most of their compiled kernels, so they stay together, in runs of at most 24.
+    seen: dict[str, int] = {}
+    kept, dropped = [], []
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        seen[function] = seen.get(function, -1) + 1
+        run = zlib.crc32(f"{function} {seen[function] // 24}".encode())
+        (kept if run % count == index - 1 else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and (reason := no_gpu()):
+        pytest.skip(reason)
 
 
 @pytest.fixture
 def backend(request):
     """A backend of the grid (see ``grid.on_backends``); skips with its reason, fails where it must be there."""
     request.param.require()
-    return request.param
+    # The reference is left out: it computes with operations of torch that are nondeterministic, which then warn.
+    with contextlib.nullcontext() if request.param.name == "reference" else poisoned():
+        yield request.param
 
 
 @pytest.fixture

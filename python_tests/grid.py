@@ -1,18 +1,31 @@
-"""The grid of backends that the op tests run on, and how they compare."""
+"""The grid of backends that the op tests run on, and how they compare.
+
+Columns: `reference` and `cpu` on CPU tensors, always. With TRITON_INTERPRET=1 also `triton` on CPU tensors. On a machine
+with a GPU also every backend that takes its tensors, and the reference on them (`reference_gpu`); those parameters carry
+the marker `gpu`, so that `pytest -m gpu` runs exactly what needs one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pytest
 import torch
 
 import specprefill_kernels as spk
+from specprefill_kernels import _backends
 
 REQUIRED = ("reference", "cpu")
 # An escape for machines without a compiler; nothing else may hide a missing backend.
 MAY_LACK_CPU = os.environ.get("SPECPREFILL_ALLOW_MISSING_CPU") == "1"
+# Triton's interpreter runs its kernels on CPU tensors: 50 microseconds for each tensor operation of each program.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,11 +34,31 @@ class Backend:
 
     name: str
     op: str
+    device: str = "cpu"
 
     @property
-    def device(self) -> str:
-        on_gpu = self.name == "cuda" or (self.name == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
-        return "cuda" if on_gpu else "cpu"
+    def id(self) -> str:
+        return "reference_gpu" if (self.name, self.device) == ("reference", "cuda") else self.name
+
+    @property
+    def marks(self) -> tuple[pytest.MarkDecorator, ...]:
+        return (pytest.mark.gpu,) if self.device == "cuda" else ()
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether bad contents of tensors raise: on a GPU nothing is read on the host."""
+        return self.device == "cpu"
+
+    def sized(self, full: T, small: T) -> T:
+        """`full`, or `small` where Triton's interpreter would take too long: the one way in which its tests differ.
+
+        (Beside it, its property tests draw fewer examples: see conftest.py.)
+        """
+        return small if self.interpreted else full
 
     def require(self) -> None:
         """Skip with the backend's own reason; a backend that must be there fails instead."""
@@ -37,15 +70,52 @@ class Backend:
         pytest.skip(f"{self.name}: {reason}")
 
 
-def backends(op: str) -> list[Backend]:
+def _device(op: str, name: str) -> str:
+    """The type of the tensors that a backend takes."""
+    module, _ = _backends._load(op, name)
+    return getattr(module, "DEVICE_TYPE", _backends.DEVICE_OF_BACKEND.get(name, "cpu"))
+
+
+def backends(op: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Backend]:
     """Those that must be there and all others that can run; ``test_backends.py`` shows why the rest cannot."""
     able = [name for name, reason in spk.available_backends(op).items() if reason is None]
-    return [Backend(name, op) for name in dict.fromkeys([*REQUIRED, *able])]
+    columns = [Backend(name, op, _device(op, name)) for name in dict.fromkeys([*REQUIRED, *able])]
+    if torch.cuda.is_available():
+        columns.append(Backend("reference", op, "cuda"))
+    return [column for column in columns if column.device in devices]
 
 
-def on_backends(op: str):
+def on_backends(op: str, devices: tuple[str, ...] = ("cpu", "cuda")):
     """Parametrise over every backend that the op knows (and those it must know)."""
-    return pytest.mark.parametrize("backend", backends(op), ids=lambda backend: backend.name, indirect=True)
+    columns = [pytest.param(backend, id=backend.id, marks=backend.marks) for backend in backends(op, devices)]
+    return pytest.mark.parametrize("backend", columns, indirect=True)
+
+
+def on_gpu_backends(op: str):
+    """Parametrise over the backends that are written for a GPU; without one, one skipped parameter for all of them."""
+    able = [b for b in backends(op, ("cuda",)) if b.name != "reference"] or [Backend("triton", op, "cuda")]
+    columns = [pytest.param(backend, id=backend.id, marks=backend.marks) for backend in able]
+    return pytest.mark.parametrize("backend", columns, indirect=True)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, fresh memory is NaN (or the largest integer), so that an element nobody wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def untouched_memory() -> Iterator[None]:
+    """Inside `poisoned`, for a buffer too large to be filled."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:

@@ -38,9 +38,11 @@ def restride(tensor: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def place(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Move to a device and keep the strides, gaps and all."""
-    if device == "cpu":
+    """Move to a device and keep the strides, gaps and all; what is meant to lie elsewhere stays there."""
+    if tensor.device.type in (device, "meta"):
         return tensor
+    if tensor.layout != torch.strided:
+        return tensor.to(device)
     flat = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(device)
     return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
 

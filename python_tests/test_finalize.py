@@ -7,9 +7,8 @@ import oracle
 import pytest
 import torch
 from grid import on_backends, same
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import place, restride
+from properties import given, st
 from scoring import Case, assert_close, draw
 
 import specprefill_kernels as spk

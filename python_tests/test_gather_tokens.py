@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from grid import on_backends, same
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import STRIDES, place, poison, restride
+from properties import given, st
 from selecting import random_rows, selection_of
 
 import specprefill_kernels as spk

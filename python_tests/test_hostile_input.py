@@ -9,7 +9,7 @@ import processes
 import pytest
 import torch
 from calls import CALLS, KEPT, LENGTH
-from grid import on_backends, same
+from grid import Backend, on_backends, same
 from scoring import FP32, Case, assert_close, check, draw
 from selecting import select, selection_of
 
@@ -34,10 +34,13 @@ def interleaved(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensor, torch.full_like(tensor, 99)], dim=-1)[..., 0]
 
 
-def shared(count: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Tensors on one array, each in a storage of its own that starts 16 bytes behind the one before."""
+def shared(device: str, count: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Tensors on one array that start 16 bytes behind one another; on the CPU each has a storage of its own."""
     buffer = np.zeros(count, dtype=np.float32)
-    return [torch.from_numpy(buffer[4 * i : 4 * i + int(np.prod(shape))]).view(shape) for i, shape in enumerate(shapes)]
+    whole = torch.zeros(count, device=device)
+    flat = [(4 * i, 4 * i + int(np.prod(shape))) for i, shape in enumerate(shapes)]
+    parts = [torch.from_numpy(buffer[i:j]) if device == "cpu" else whole[i:j] for i, j in flat]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 # ---- strides of a selection ----
@@ -90,14 +93,18 @@ def test_a_workspace_for_the_largest_of_each_size_serves_all_layers(backend):
 # ---- sizes ----
 
 
-def pooled(backend: str, size: int, edge: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+def pooled(backend: Backend, size: int, edge: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A score and an importance through a window wider than the prompt, and the seconds that both took."""
     problem = draw(Case(seq_lens=(64, 40), options={"pool_kernel_size": size, "pool_edge": edge}))
-    weights = torch.full((2, 3, 64), 1 / 64)
-    spk.finalize_importance(weights, backend=backend)
+    weights = torch.full((2, 3, 64), 1 / 64, device=backend.device)
+    options = {"pool_kernel_size": size, "pool_edge": edge, "backend": backend.name}
+    if backend.device != "cpu":  # where kernels are compiled on their first call
+        problem.run(backend)
+        spk.finalize_importance(weights, **options)
+    spk.finalize_importance(weights, backend=backend.name)
     started = time.perf_counter()
     state = problem.run(backend)
-    importance = spk.finalize_importance(weights, pool_kernel_size=size, pool_edge=edge, backend=backend)
+    importance = spk.finalize_importance(weights, **options).cpu()
     return state, importance, time.perf_counter() - started
 
 
@@ -106,7 +113,7 @@ def pooled(backend: str, size: int, edge: str) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("size", HUGE_WINDOWS)
 def test_a_window_wider_than_the_prompt(backend, size, edge):
     """Each position then holds the whole row's sum, which is 1, over the width or over the positions inside."""
-    state, importance, seconds = processes.alone(pooled, backend.name, size, edge)
+    state, importance, seconds = processes.alone(pooled, backend, size, edge)
     for b, length in enumerate((64, 40)):
         share = 1 / size if edge == "zero" else 1 / length
         torch.testing.assert_close(state[b, :, :length], torch.full((3, length), share), rtol=1e-5, atol=0)
@@ -144,34 +151,34 @@ def test_more_tokens_than_there_are_keep_everything(backend, tokens):
 
 @on_backends("score_layer")
 def test_state_on_the_memory_of_a_key(backend):
-    key, state = shared(700, (2, 2, LENGTH, 8), (2, 3, LENGTH))
+    key, state = shared(backend.device, 700, (2, 2, LENGTH, 8), (2, 3, LENGTH))
     refused("score", "state", backend, state=state, key=key)
 
 
 @on_backends("score_layer")
 def test_state_on_the_memory_of_a_query(backend):
-    query, state = shared(400, (2, 3, 4, 8), (2, 3, LENGTH))
+    query, state = shared(backend.device, 400, (2, 3, 4, 8), (2, 3, LENGTH))
     refused("score", "state", backend, state=state, query=query)
 
 
 @on_backends("gather_kv")
 @pytest.mark.parametrize("which", [0, 1])
 def test_gather_kv_out_on_the_memory_of_a_cache(backend, which):
-    cache, over = shared(700, (2, 2, LENGTH, 8), (2, 2, 3, 8))
-    out = [torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8)]
+    cache, over = shared(backend.device, 700, (2, 2, LENGTH, 8), (2, 2, 3, 8))
+    out = [torch.zeros(2, 2, 3, 8, device=backend.device) for _ in range(2)]
     out[which] = over
     refused("kv out", rf"out\[{which}\]", backend, key_cache=cache, out=tuple(out))
 
 
 @on_backends("score_layer")
 def test_workspace_on_the_memory_of_the_state(backend):
-    state, floats = shared(10**6, (2, 3, LENGTH), (900_000,))
+    state, floats = shared(backend.device, 10**6, (2, 3, LENGTH), (900_000,))
     refused("score", "workspace", backend, state=state, workspace=floats.view(torch.uint8))
 
 
 @on_backends("score_layer")
 def test_an_empty_workspace_is_too_small(backend):
-    refused("score", "workspace", backend, workspace=torch.empty(0, dtype=torch.uint8))
+    refused("score", "workspace", backend, workspace=torch.empty(0, dtype=torch.uint8, device=backend.device))
 
 
 # ---- numbers that fp32 does not hold ----
@@ -208,7 +215,7 @@ def test_a_mass_reached_but_for_rounding_is_reached(backend, mass, chunks):
 # ---- subnormal keys where the caller flushes subnormals ----
 
 
-def scores_of_subnormals(name: str, bits: str, backend: str) -> list[torch.Tensor]:
+def scores_of_subnormals(name: str, bits: str, backend: Backend) -> list[torch.Tensor]:
     """The scores of keys without a leading one: flag off and on, with one and two threads each."""
     dtype = getattr(torch, name)
     stored = torch.int16 if dtype.itemsize == 2 else torch.uint8
@@ -222,10 +229,11 @@ def scores_of_subnormals(name: str, bits: str, backend: str) -> list[torch.Tenso
         for threads in (1, 2):
             torch.set_num_threads(threads)
             torch.set_flush_denormal(flush)
-            state = spk.new_state(1, 3, 200)
-            spk.score_layer_(state, query.to(torch.float16), key, key_scale=1 / largest, backend=backend)
+            state = spk.new_state(1, 3, 200, device=backend.device)
+            given = query.to(torch.float16).to(backend.device), key.to(backend.device)
+            spk.score_layer_(state, *given, key_scale=1 / largest, backend=backend.name)
             torch.set_flush_denormal(False)
-            states.append(state)
+            states.append(state.cpu())
     return states
 
 
@@ -234,7 +242,7 @@ def scores_of_subnormals(name: str, bits: str, backend: str) -> list[torch.Tenso
 def test_flushing_subnormals_does_not_change_keys(backend, name, bits):
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor has no such flag")
-    first, *others = processes.alone(scores_of_subnormals, name, bits, backend.name)
+    first, *others = processes.alone(scores_of_subnormals, name, bits, backend)
     assert first.max() > 1.5 * first.min(), "the keys do not differ, so nothing is shown"
     for state in others:
         same(state, first)
@@ -261,6 +269,8 @@ def test_only_blocks_with_a_kept_token_need_to_be_there(backend, layout):
     holes[0, 1] = holes[1, 0] = holes[1, 2] = -1
     for got, wanted in zip(spk.gather_kv(*caches, selection, block_table=holes, **arguments), expected, strict=True):
         same(got, wanted)
+    if not backend.checks_values:
+        return
     holes[0, 2] = -1
     with pytest.raises(ValueError, match=r"^block_table\[0, 2\]: expected .*, got -1"):
         spk.gather_kv(*caches, selection, block_table=holes, **arguments)

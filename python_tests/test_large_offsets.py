@@ -1,10 +1,13 @@
-"""Addresses beyond 2^31 elements, without the memory: the buffers are mapped and hardly touched."""
+"""Addresses beyond 2^31 elements, without the memory: the buffers are mapped and hardly touched.
+
+Only the CPU maps memory without filling it; test_gpu_large_offsets.py does the same on a GPU with real memory.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from grid import on_backends, same
+from grid import on_backends, same, untouched_memory
 from layouts import lay_out
 from scoring import BF16, E4M3, FP32, Case, assert_close, draw
 from selecting import selection_of
@@ -22,7 +25,8 @@ def far_apart(tensor: torch.Tensor, axis: int, at: int) -> torch.Tensor:
     strides[axis] = stride
     size = sum((n - 1) * s for n, s in zip(small.shape, strides, strict=True)) + 1
     try:
-        flat = torch.empty(size, dtype=small.dtype)
+        with untouched_memory():
+            flat = torch.empty(size, dtype=small.dtype)
     except RuntimeError as error:
         pytest.skip(f"no address space for {size * small.element_size() / 2**30:.1f} GiB: {error}")
     far = flat.as_strided(small.shape, strides)
@@ -30,44 +34,36 @@ def far_apart(tensor: torch.Tensor, axis: int, at: int) -> torch.Tensor:
     return far
 
 
-@on_backends("score_layer")
+@on_backends("score_layer", devices=("cpu",))
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=str)
 @pytest.mark.parametrize("layout", ["bhtd", "bthd", "packed", "paged_nhd", "paged_hnd"])
 def test_keys_far_apart(backend, layout, dtype):
     """Batch entries, tokens or blocks beyond the reach of an int32."""
-    if backend.device != "cpu":
-        pytest.skip("only the CPU maps memory without filling it")
     problem = draw(Case(layout=layout, dtypes=(FP32, dtype), seq_lens=(9, 7), head_dim=16, block_size=4))
     key = problem.arguments()["key"]
     axis, at = {"bhtd": (0, 1), "bthd": (0, 1)}.get(layout, (0, max(1, len(key) // 2)))
     assert_close(problem.run(backend, key=far_apart(key, axis, at)), problem.expected())
 
 
-@on_backends("score_layer")
+@on_backends("score_layer", devices=("cpu",))
 @pytest.mark.parametrize("axis", [1, 2, 3], ids=["heads", "tokens", "dims"])
 def test_strides_inside_a_sequence(backend, axis):
-    if backend.device != "cpu":
-        pytest.skip("only the CPU maps memory without filling it")
     problem = draw(Case(dtypes=(FP32, E4M3), seq_lens=(6, 5), head_dim=8))
     key = problem.arguments()["key"]
     assert_close(problem.run(backend, key=far_apart(key, axis, key.shape[axis] - 1)), problem.expected())
 
 
-@on_backends("gather_tokens")
+@on_backends("gather_tokens", devices=("cpu",))
 @pytest.mark.parametrize("axis", [0, 1], ids=["sequences", "tokens"])
 def test_gathered_tokens_far_apart(backend, axis):
-    if backend.device != "cpu":
-        pytest.skip("only the CPU maps memory without filling it")
     x = torch.arange(40, dtype=torch.uint8).view(2, 5, 4)
     selection = selection_of([[0, 4], [1, 2, 4]])
     far = spk.gather_tokens(far_apart(x, axis, x.shape[axis] - 1), selection, backend=backend.name)
     same(far.values, spk.gather_tokens(x, selection, backend=backend.name).values)
 
 
-@on_backends("gather_kv")
+@on_backends("gather_kv", devices=("cpu",))
 def test_gathered_blocks_far_apart(backend):
-    if backend.device != "cpu":
-        pytest.skip("only the CPU maps memory without filling it")
     tokens = [torch.randn(9, 2, 16).to(E4M3), torch.randn(7, 2, 16).to(E4M3)]
     cache = lay_out(tokens, "paged_nhd", block_size=4)
     table = cache.arguments["block_table"]

@@ -7,16 +7,20 @@ import shutil
 import pytest
 import torch
 from calls import CALLS
-from grid import backends, same
+from grid import backends, on_backends, same
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specprefill_kernels as spk
 
-GRID = [(backend, name) for name, call in CALLS.items() for backend in backends(call.op)]
-on_calls = pytest.mark.parametrize(
-    ("backend", "name"), GRID, ids=lambda value: getattr(value, "name", value), indirect=["backend"]
-)
+GRID = [
+    pytest.param(backend, name, id=f"{backend.id}-{name}", marks=backend.marks)
+    for name, call in CALLS.items()
+    for backend in backends(call.op)
+]
+on_calls = pytest.mark.parametrize(("backend", "name"), GRID, indirect=["backend"])
+# The ops chained, on each backend that has them all.
+on_chains = on_backends("select_tokens")
 
 
 class Recorder(TorchDispatchMode):
@@ -93,7 +97,7 @@ def test_compiles_in_one_graph(backend, name, compiler, compiled):
 
 def pipeline(query, key, ids, seq_lens, **budget):
     """The ops as a caller chains them, with ordinary torch code between."""
-    state = torch.zeros(query.shape[0], query.shape[1], ids.shape[1])
+    state = torch.zeros(query.shape[0], query.shape[1], ids.shape[1], device=query.device)
     spk.score_layer_(state, query * 2, key, seq_lens=seq_lens)
     spk.score_layers_(state, [query, query + 1], [key, key * 0.5], seq_lens=seq_lens, queries="observation_window")
     budget = budget or {"keep_ratio": 0.3}
@@ -102,29 +106,34 @@ def pipeline(query, key, ids, seq_lens, **budget):
     return packed.values * 2, packed.position_ids, packed.cu_seqlens, importance, keys - values
 
 
-def pipeline_inputs(length: int, batch: int = 2):
+def pipeline_inputs(length: int, device: str, batch: int = 2):
     random = torch.Generator().manual_seed(length)
     query, key = (torch.randn(batch, *shape, 8, generator=random) for shape in ((3, 4), (2, length)))
     ids = torch.randint(0, 1000, (batch, length), generator=random)
-    return query, key, ids, torch.tensor([length, length // 2][:batch])
+    return tuple(x.to(device) for x in (query, key, ids, torch.tensor([length, length // 2][:batch])))
 
 
+@on_chains
 @pytest.mark.parametrize("budget", [{"keep_ratio": 0.3}, {"keep_tokens": 30}, {"keep_mass": 0.5}], ids=str)
-def test_shapes_may_be_dynamic(compiled, budget):
+def test_shapes_may_be_dynamic(backend, compiled, budget):
     """Prompts of many lengths share their graphs (torch gives up after eight); each result equals the eager one."""
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(pipeline, backend=counter, dynamic=True)
-    for length in (40, 57, 64, 72, 80, 101, 120, 133, 200, 220, 257):
-        inputs = pipeline_inputs(length)
-        assert_same(list(function(*inputs, **budget)), list(pipeline(*inputs, **budget)))
+    with spk.use_backend(backend.name):
+        for length in (40, 57, 64, 72, 80, 101, 120, 133, 200, 220, 257):
+            inputs = pipeline_inputs(length, backend.device)
+            assert_same(list(function(*inputs, **budget)), list(pipeline(*inputs, **budget)))
     assert counter.frame_count <= 2, "recompiled for other lengths"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
 @pytest.mark.slow
-def test_inductor(compiled):
+@on_chains
+def test_inductor(backend, compiled):
     function = compiled(pipeline, backend="inductor")
-    assert_same(list(function(*pipeline_inputs(40))), list(pipeline(*pipeline_inputs(40))))
+    inputs = pipeline_inputs(40, backend.device)
+    with spk.use_backend(backend.name):
+        assert_same(list(function(*inputs)), list(pipeline(*inputs)))
 
 
 @on_calls

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from grid import on_backends, same
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import LAYOUTS, STRIDES, lay_out, place, restride
+from properties import given, st
 from scoring import BF16, E4M3, E5M2, FP16, FP32, Case, assert_close, check, draw
 
 import specprefill_kernels as spk
@@ -40,7 +39,7 @@ def test_expanded_queries(backend):
     problem = draw(Case(look_ahead=1, seq_lens=(40,)))
     problem.query = problem.query.expand(1, 3, 4, 64)
     problem.state, problem.rows = torch.zeros(1, 3, 40), (3,)
-    assert_close(problem.run(backend, query=problem.query.to(backend.device)), problem.expected())
+    assert_close(problem.run(backend, query=place(problem.query, backend.device)), problem.expected())
 
 
 @pytest.mark.parametrize("key_dtype", [FP32, FP16, BF16], ids=str)
@@ -156,7 +155,7 @@ def test_a_state_with_gaps_between_rows(backend, layout):
     arguments = problem.arguments(backend.device)
     spk.score_layer_(state, arguments.pop("query"), arguments.pop("key"), backend=backend.name, **arguments)
     same(state.cpu().contiguous(), problem.run(backend))
-    around = torch.as_strided(state.cpu(), (4, 5, 47), (5 * 47, 47, 1), 0).clone()
+    around = torch.as_strided(state, (4, 5, 47), (5 * 47, 47, 1), 0).cpu().clone()
     around[1:3, 1:4, 1:46] = float("nan")
     assert around.isnan().all()
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from grid import on_backends, same
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import place, restride
+from properties import given, st
 from selecting import compare, select
 
 pytestmark = on_backends("select_chunks")
