@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Importance from the state in Triton: one launch, one pass.
 
-Bytes that must move: 4 * rows * length in and 4 * T out for each sequence. A pooling window of w reads each row w times,
+Bytes that must move: 4 * rows * length in and 4 * T out for each sequence. A pooling window reads each row w times,
 out of the first-level cache but for its first time.
 """
 
