@@ -130,8 +130,15 @@ def resolve(op: str, backend: str, device: str) -> str:
     return backend
 
 
+def implementation_of(op: str, function: str, backend: str) -> Callable[..., Any]:
+    """A function of the backend that has this name, whatever the device."""
+    module, reason = _load(op, backend)
+    if module is None:
+        raise BackendUnavailable(f"{op}: backend {backend!r} cannot run here: {reason}")
+    found: Callable[..., Any] = getattr(module, function)
+    return found
+
+
 def implementation(op: str, function: str, backend: str, device: str) -> Callable[..., Any]:
     """The function that runs `op`, after `resolve`."""
-    module, _ = _load(op, resolve(op, backend, device))
-    run: Callable[..., Any] = getattr(module, function)
-    return run
+    return implementation_of(op, function, resolve(op, backend, device))

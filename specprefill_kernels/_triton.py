@@ -126,4 +126,3 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 def checks_values() -> bool:
     """Whether the contents of tensors are checked: on CPU tensors, as every backend does, but not in a recording."""
     return INTERPRETED and _Recorder.target is None
-

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _backends, _checks, _native
+from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.score.options import (
     KEY_SHAPES,
     LAYOUTS,
@@ -33,13 +33,24 @@ def new_state(batch: int, look_ahead: int, max_len: int, device: torch.device | 
 
 
 def score_workspace_size(
-    look_ahead: int, num_q_heads: int, num_kv_heads: int, head_dim: int, max_len: int, *, pool_kernel_size: int = 13
+    look_ahead: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    *,
+    pool_kernel_size: int = 13,
+    batch: int = 1,
+    layers: int = 1,
+    backend: str = "cpu",
 ) -> int:
-    """Bytes of `workspace` that the CPU backend of `score_layer_` needs, at torch's present number of threads.
+    """Bytes of `workspace` that `score_layers_` needs on a backend. For several layers take the largest of each size,
+    but the smallest `num_kv_heads`.
 
-    It holds one fp32 row of weights per look-ahead row and query head of ONE KV head, for one sequence at a time, and a
-    small tile per thread; with more than this the backend scores several heads between two meetings of its threads. For
-    several layers take the largest of each size, but the smallest `num_kv_heads`.
+    "cpu": one fp32 row of weights per look-ahead row and query head of ONE KV head, for one sequence at a time, and a
+    small tile per thread, at torch's present number of threads; with more than this the backend scores several heads
+    between two meetings of its threads.
+    "triton": 8 bytes per row and stretch of keys, of every layer of a launch and every sequence, on the current device.
     """
     sizes = {
         "look_ahead": look_ahead,
@@ -47,18 +58,15 @@ def score_workspace_size(
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "max_len": max_len,
+        "batch": batch,
+        "layers": layers,
     }
     for name, value in sizes.items():
         _checks.integer(name, value, 1)
     _checks.odd("pool_kernel_size", pool_kernel_size)
-    reason = _native.unavailable()
-    if reason:
-        raise _backends.BackendUnavailable(f"score_workspace_size: {reason}")
-    group = -(-num_q_heads // num_kv_heads)
-    size: int = _native.module().score_workspace_size(
-        look_ahead, group, head_dim, max_len, pool_kernel_size, _native.threads()
-    )
-    return size
+    _checks.choice("backend", backend, ("cpu", "triton"))
+    size = _backends.implementation_of("score_layers", "score_workspace_size", backend)
+    return int(size(batch, look_ahead, num_q_heads, num_kv_heads, head_dim, max_len, layers, pool_kernel_size))
 
 
 def score_layer_(
@@ -117,8 +125,7 @@ def score_layer_(
         pool_order: "before_max" as in the paper; "after_max": `state` takes unpooled weights, and
             `finalize_importance(pool_kernel_size=...)` pools them.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        workspace: uint8 scratch memory of at least `score_workspace_size(...)` bytes; without it the CPU backend
-            allocates.
+        workspace: uint8 scratch memory of at least `score_workspace_size(...)` bytes; without it the backend allocates.
 
     Returns:
         `state`, the same tensor.

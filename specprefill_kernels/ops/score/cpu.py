@@ -69,6 +69,23 @@ def score_layers_(
     )
 
 
+def score_workspace_size(
+    batch: int,
+    look_ahead: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    layers: int,
+    pool_kernel_size: int,
+) -> int:
+    del batch, layers  # one sequence and one layer at a time
+    group = -(-num_q_heads // num_kv_heads)
+    threads = _native.threads()
+    size = _native.module().score_workspace_size(look_ahead, group, head_dim, max_len, pool_kernel_size, threads)
+    return int(size)
+
+
 def _layer(
     compiled: object,
     query: Tensor,

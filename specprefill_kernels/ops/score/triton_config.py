@@ -58,7 +58,7 @@ _SMALL, _LARGE, _LDS, _INTERPRETER = "small", "large", "lds", "interpreter"
 # normalize: 512 to 1024 keys a program: 128 programs a head at 128K tokens fill any GPU, and their partial sums are 8
 #   bytes a row against 128 KiB of keys and more.
 # pool: block_t 64, as pooling multiplies by a 64 x 64 band, 4 * block_t operations a weight beside the 2 * D of the
-#   dot: with 128 the band would cost more than the dot at D = 128; with 32 the halo of 12 keys would be read for each 20.
+#   dot: with 128 the band would cost more than the dot at D = 128; with 32 a halo of 12 keys would be read for each 20.
 # num_stages: a tile is 8 to 32 KiB; two CTAs per SM with 2 of them in flight each cover the latency of HBM (about
 #   700 ns at 25 bytes per ns and SM, 18 KiB), more where shared memory is there for nothing else.
 _TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
@@ -86,6 +86,30 @@ JOINED_AT_ONCE = 32
 NATIVE_FP8_FROM = 89
 
 
+# A query tile of more bytes a row is not held in registers, but read again, in parts of so many dimensions, beside each
+# tile of keys: 32 rows of 256 bf16 are 128 registers in every warp, and of 128 fp32, in two TF32 halves, twice that.
+WHOLE_QUERY_BYTES = {2: 512, 4: 256}
+PARTS = {2: 128, 4: 32}
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """A head's dimensions as dots see them: `first` and `rest` at once, or `part` after `part` unless that is 0."""
+
+    first: int
+    rest: int
+    part: int
+
+
+def split_head(head_dim: int, dot_bytes: int) -> HeadSplit:
+    """80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64: powers of two of at least 16 dimensions, as dots want them."""
+    if head_dim * dot_bytes > WHOLE_QUERY_BYTES[dot_bytes]:
+        return HeadSplit(0, 0, PARTS[dot_bytes])
+    first = max(1 << (head_dim.bit_length() - 1), 16)
+    rest = max(1 << (head_dim - first - 1).bit_length(), 16) if head_dim > first else 0
+    return HeadSplit(first, rest, 0)
+
+
 def memory_class(target: Target) -> str:
     if target.interpreted:
         return _INTERPRETER
@@ -107,7 +131,7 @@ def dot_precision(target: Target) -> str:
 def choose(target: Target, row_bytes: int, rows: int) -> ScoreConfig:
     """
     Args:
-        row_bytes: of one key as the dot reads it, head_dim times the element size.
+        row_bytes: of one key as a dot reads it at once: dimensions times the element size.
         rows: look-ahead rows of a GQA group, with the padding of `row_blocks`.
     """
     block_m = min(max(rows, MIN_BLOCK_M), MAX_BLOCK_M)

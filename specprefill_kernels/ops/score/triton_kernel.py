@@ -31,9 +31,6 @@ DEVICE_TYPE = _triton.DEVICE_TYPE
 LAYER_SLOTS = (1, 4, 16)
 # Look-ahead rows of a tile: the paper's 8 and those of a longer observation window.
 MAX_BLOCK_N = 16
-# Wider heads are read in parts of this many dimensions; no model of today has one.
-WHOLE_HEAD = 256
-WIDE_HEAD_PART = 128
 # Triton compiles another kernel for pointers that are not aligned to this many bytes.
 _ALIGNMENT = 16
 # A window beyond any prompt, as 32 bits hold it with room for a sum.
@@ -155,9 +152,17 @@ def row_blocks(look_ahead: int, group: int, block_m: int) -> int:
 
 
 def score_workspace_size(
-    batch: int, look_ahead: int, num_q_heads: int, num_kv_heads: int, max_len: int, layers: int
+    batch: int,
+    look_ahead: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    layers: int,
+    pool_kernel_size: int,
 ) -> int:
-    """Bytes that `score_layers_` needs on this device for any head_dim and dtype: partial sums, and them joined."""
+    """Bytes that `score_layers_` needs here for any head_dim, dtype and pooling: partial sums of rows, and joined."""
+    del head_dim, pool_kernel_size
     target = _triton.default_target()
     group = -(-num_q_heads // num_kv_heads)
     layers = min(layers, LAYER_SLOTS[-1])
@@ -189,18 +194,16 @@ class _Group:
         slots = next(size for size in LAYER_SLOTS if size >= self.layers)
         pad = slots - self.layers
         raw = [key.view(torch.uint8) if key.dtype in _FP8_FORMATS else key for key in keys]
-        self.queries, self.keys, self.lse, self.key_scales = (
-            tuple(tensors + tensors[-1:] * pad) if tensors else None for tensors in (queries, raw, lse, key_scales)
-        )
+        self.queries, self.keys = (tuple(tensors + tensors[-1:] * pad) for tensors in (queries, raw))
+        self.lse, self.key_scales = (tuple(t + t[-1:] * pad) if t else None for t in (lse, key_scales))
         self.batch, self.look_ahead = queries[0].shape[:2]
         self.target = _triton.target_of(state)
         self.block_n, rows = row_tile(self.look_ahead, layer.group)
-        self.config: ScoreConfig = triton_config.choose(self.target, layer.heads[2] * self._dot_bytes(), rows)
+        self.head = triton_config.split_head(layer.heads[2], layer.dot_dtype.itemsize)
+        row_bytes = (self.head.part or layer.heads[2]) * layer.dot_dtype.itemsize
+        self.config: ScoreConfig = triton_config.choose(self.target, row_bytes, rows)
         self.row_blocks = row_blocks(self.look_ahead, layer.group, self.config.block_m)
         self.units = self.layers * layer.heads[1] * self.row_blocks
-
-    def _dot_bytes(self) -> int:
-        return max(self.layer.dot_dtype.itemsize, self.layer.key_dtype.itemsize)
 
     def score(self, workspace: Tensor | None) -> None:
         lse, strides = self.lse, self.layer.lse_strides
@@ -297,14 +300,12 @@ class _Group:
         return scale, self.options.softcap, self.layer.window or None
 
     def _constexprs(self) -> dict[str, Any]:
-        head_dim = self.layer.heads[2]
-        first = WIDE_HEAD_PART if head_dim > WHOLE_HEAD else max(1 << (head_dim.bit_length() - 1), 16)
-        rest = 0 if head_dim <= first or head_dim > WHOLE_HEAD else max(triton.next_power_of_2(head_dim - first), 16)
         dot = torch.float32 if self.target.interpreted else self.layer.dot_dtype
         return {
-            "HEAD_DIM": head_dim,
-            "D_FIRST": first,
-            "D_REST": rest,
+            "HEAD_DIM": self.layer.heads[2],
+            "D_FIRST": self.head.first,
+            "D_REST": self.head.rest,
+            "D_PART": self.head.part,
             "BLOCK_M": self.config.block_m,
             "BLOCK_N": self.block_n,
             "OBSERVATION": self.options.queries == "observation_window",

@@ -15,7 +15,7 @@ tensor cores, the weights as the sum of two bf16 (relative error 2^-17).
 import triton
 import triton.language as tl
 
-from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, hide, key_offsets, logits, pick, query_part
+from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, key_offsets, logits, pick, query_part, sees
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Numbers that differ from call to call; a kernel for each value of them would gain nothing.
@@ -37,8 +37,9 @@ def partial_sums(
     q_stride_b, q_stride_n, q_stride_h, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d, scale_stride,
     table_stride, block_size, num_blocks, batch, kv_heads, row_blocks, group, look_ahead, capacity, room, splits,
     scale, softcap, window,
-    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILES: tl.constexpr, OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+    OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """maxima, sums [layers * KV heads * row blocks, B, splits, BLOCK_M]: one program for each of the first three."""
@@ -59,8 +60,10 @@ def partial_sums(
     query = pick(queries, layer)
     q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
     q_offset += (head * group + g).to(tl.int64) * q_stride_h
-    q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+    q_first = None
     q_rest = None
+    if D_PART == 0:
+        q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
     if D_REST > 0:
         q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
     key = pick(keys, layer)
@@ -83,9 +86,9 @@ def partial_sums(
         )  # fmt: skip
         x = logits(
             query, q_offset, ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
-            HEAD_DIM, D_FIRST, D_REST, FP8, FP8_NATIVE, DOT, PRECISION,
+            HEAD_DIM, D_FIRST, D_REST, D_PART, FP8, FP8_NATIVE, DOT, PRECISION,
         )  # fmt: skip
-        x = hide(x, t, position, readable, window, OBSERVATION or EXTRA_KEYS)
+        x = tl.where(sees(t, position, readable, window, OBSERVATION or EXTRA_KEYS), x, float("-inf"))
         higher = tl.maximum(maximum, tl.max(x, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: -Inf - -Inf is NaN
         total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(x - base[:, None]), 1)
@@ -124,7 +127,8 @@ def join_sums(
         zero = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(maximum - zero) + tl.sum(part * tl.exp2(highest - zero[None, :]), 0)
         maximum = higher
-    value = tl.where((maximum == float("-inf")) & (total == 0.0), 0.0, (maximum + tl.log2(total)) * LN2)
+    sees_none = (maximum == float("-inf")) & (total == 0.0)
+    value = tl.where(sees_none, 0.0, (maximum + tl.log2(tl.where(sees_none, 1.0, total))) * LN2)
     g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
     row = (layer.to(tl.int64) * batch + b) * look_ahead + n
     tl.store(lse + row * (kv_heads * group) + head * group + g, value, mask=(n < rows) & (g < group))
@@ -137,8 +141,9 @@ def pool_max(
     q_stride_b, q_stride_n, q_stride_h, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d, scale_stride,
     table_stride, block_size, num_blocks, batch, kv_heads, row_blocks, group, look_ahead, capacity, room,
     scale, softcap, window, half, width, out_tokens, programs,
-    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILES: tl.constexpr, OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+    OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     POOL: tl.constexpr, VALID_EDGE: tl.constexpr, ONE_ROW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +166,10 @@ def pool_max(
     query = pick(queries, layer)
     q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
     q_offset += (head * group + g).to(tl.int64) * q_stride_h
-    q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+    q_first = None
     q_rest = None
+    if D_PART == 0:
+        q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
     if D_REST > 0:
         q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
     key = pick(keys, layer)
@@ -190,9 +197,9 @@ def pool_max(
                     b, head, start, block_table, table_stride, block_size, num_blocks,
                     k_stride_b, k_stride_h, k_stride_t,
                     query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
-                    HEAD_DIM, D_FIRST, D_REST, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
+                    HEAD_DIM, D_FIRST, D_REST, D_PART, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
                 )  # fmt: skip
-                pooled = add_band(pooled, weight, t, out, half, UPCAST)
+                pooled = add_band(pooled, weight, t0 - out0, half, UPCAST)
         else:  # one tile of keys: no loop in the loop, so that the next tile's keys are on their way meanwhile
             t = out0 - half + tl.arange(0, BLOCK_T)
             pooled = weights(
@@ -200,23 +207,25 @@ def pool_max(
                 b, head, start, block_table, table_stride, block_size, num_blocks,
                 k_stride_b, k_stride_h, k_stride_t,
                 query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
-                HEAD_DIM, D_FIRST, D_REST, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
+                HEAD_DIM, D_FIRST, D_REST, D_PART, OBSERVATION, FP8, FP8_NATIVE, DOT, PRECISION,
             )  # fmt: skip
             if POOL == "tile":
-                pooled = add_band(tl.zeros((BLOCK_M, BLOCK_T), tl.float32), pooled, t, out, half, UPCAST)
+                pooled = add_band(tl.zeros((BLOCK_M, BLOCK_T), tl.float32), pooled, -half, half, UPCAST)
+        # Bits of numbers that are not negative order as integers do, and NaN above them all: it stays. All rows of a
+        # position are divided by the same, so that can follow the maximum.
+        bits = tl.where(ok[:, None], pooled.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        bits = tl.max(tl.reshape(bits, (BLOCK_M // BLOCK_N, BLOCK_N, BLOCK_T)), 0)
+        if ONE_ROW:
+            bits = tl.max(bits, 0)[None, :]
+        inside = width
         if VALID_EDGE:
             inside = tl.minimum(out + half, length - 1) - tl.maximum(out - half, 0) + 1
-            pooled = pooled / tl.maximum(inside, 1).to(tl.float32)[None, :]
-        else:
-            pooled = pooled / width
-        # Bits of numbers that are not negative order as integers do, and NaN above them all: it stays.
-        bits = pooled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        bits = tl.where(ok[:, None], bits, 0)
-        bits = tl.max(tl.reshape(bits, (BLOCK_M // BLOCK_N, BLOCK_N, BLOCK_T)), 0)
+            inside = tl.maximum(inside, 1).to(tl.float32)[None, :]
+        bits = (bits.to(tl.float32, bitcast=True) / inside).to(tl.int32, bitcast=True)
         here = (out < out0 + out_tokens) & (out < length)
         target = state.to(tl.pointer_type(tl.int32)) + b.to(tl.int64) * state_stride_b
         if ONE_ROW:
-            tl.atomic_max(target + out, tl.max(bits, 0), mask=here, sem="relaxed")
+            tl.atomic_max(target + out[None, :], bits, mask=here[None, :], sem="relaxed")
         else:
             row = block % tl.cdiv(look_ahead, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
             at = row[:, None].to(tl.int64) * state_stride_n + out[None, :]
@@ -228,8 +237,8 @@ def weights(
     t, wanted, position, length, norm, window, b, head, start, block_table, table_stride, block_size, num_blocks,
     k_stride_b, k_stride_h, k_stride_t, query, q_offset, q_ok, q_stride_d, q_first, q_rest,
     key, k_stride_d, factor, softcap,
-    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, OBSERVATION: tl.constexpr,
-    FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr,
+    OBSERVATION: tl.constexpr, FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_T] attention weights exp(logit - lse), zero where a row does not see a key."""
     offset, k_ok = key_offsets(
@@ -238,19 +247,22 @@ def weights(
     )  # fmt: skip
     x = logits(
         query, q_offset, q_ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
-        HEAD_DIM, D_FIRST, D_REST, FP8, FP8_NATIVE, DOT, PRECISION,
+        HEAD_DIM, D_FIRST, D_REST, D_PART, FP8, FP8_NATIVE, DOT, PRECISION,
     )  # fmt: skip
-    x = hide(x, t, position, length, window, OBSERVATION)
-    # A row that sees no key has the lse 0, or -Inf from the caller: -Inf - -Inf is NaN.
-    return tl.where(x == float("-inf"), 0.0, tl.exp2(x - norm[:, None]))
+    return tl.where(sees(t, position, length, window, OBSERVATION), tl.exp2(x - norm[:, None]), 0.0)
 
 
 @triton.jit
-def add_band(pooled, weight, t, out, half, UPCAST: tl.constexpr):
-    """pooled + weight summed over the keys t within `half` of each position `out`: a product with a band of ones."""
-    band = tl.where(tl.abs(t[:, None] - out[None, :]) <= half, 1.0, 0.0).to(tl.bfloat16)
-    high = weight.to(tl.bfloat16)
-    low = (weight - high.to(tl.float32)).to(tl.bfloat16)
+def add_band(pooled, weight, shift, half, UPCAST: tl.constexpr):
+    """pooled + weight summed over all keys within `half` of each position; `shift` is the first key - first position.
+
+    A product with a band of ones. The weight is the sum of its upper half, a bf16 by itself, and the rest.
+    """
+    i = tl.arange(0, weight.shape[1])
+    band = tl.where(tl.abs(shift + i[:, None] - i[None, :]) <= half, 1.0, 0.0)
+    high = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    low = weight - high
+    band, high, low = band.to(tl.bfloat16), high.to(tl.bfloat16), low.to(tl.bfloat16)
     if UPCAST:  # the interpreter would multiply the bits of bf16
         band, high, low = band.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
     return tl.dot(low, band, tl.dot(high, band, pooled))

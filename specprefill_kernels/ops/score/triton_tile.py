@@ -41,10 +41,9 @@ def bounds(
         end = tl.load(cu_seqlens + b + 1).to(tl.int64)
         room = tl.where(start >= 0, tl.minimum(end, room) - start, 0).to(tl.int32)
         start = tl.maximum(start, 0)
-    rows = tl.minimum(look_ahead, room)
+    rows = tl.zeros((), tl.int32) + look_ahead
     if num_look_ahead is not None:
-        rows = tl.load(num_look_ahead + b)
-    rows = tl.maximum(tl.minimum(rows, look_ahead), 0)
+        rows = tl.maximum(tl.minimum(tl.load(num_look_ahead + b), look_ahead), 0)
     behind = tl.zeros((), tl.int32)
     if EXTRA_KEYS:
         behind += tl.maximum(rows - 1, 0)
@@ -59,7 +58,7 @@ def bounds(
 
 @triton.jit
 def decode_fp8(raw, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """uint8 -> fp16 (exact for both formats). e5m2 is the upper half of fp16; e4m3's bits fit fp16's exponent 8 lower."""
+    """uint8 -> fp16, exactly. e5m2 is the upper half of fp16; e4m3 fits its bits with an exponent 8 lower."""
     if FORMAT == "e5m2":
         return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     elif NATIVE:
@@ -155,22 +154,23 @@ def logits(
     HEAD_DIM: tl.constexpr,
     D_FIRST: tl.constexpr,
     D_REST: tl.constexpr,
+    D_PART: tl.constexpr,
     FP8: tl.constexpr,
     FP8_NATIVE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[M, BLOCK_T] attention logits times log2(e), before masking."""
-    if D_FIRST + D_REST >= HEAD_DIM:
+    if D_PART == 0:
         part = key_part(key, k_offset, k_ok, k_stride_d, 0, D_FIRST, HEAD_DIM, FP8, FP8_NATIVE, DOT)
         dots = tl.dot(q_first, tl.trans(part), input_precision=PRECISION)
         if D_REST > 0:
             part = key_part(key, k_offset, k_ok, k_stride_d, D_FIRST, D_REST, HEAD_DIM, FP8, FP8_NATIVE, DOT)
             dots = tl.dot(q_rest, tl.trans(part), dots, input_precision=PRECISION)
-    else:  # heads wider than any model's: the query no longer fits beside the keys, so it is read again for each part
+    else:  # the query does not fit in registers beside the rest, so its parts are read again with each tile's
         dots = tl.zeros((q_offset.shape[0], k_offset.shape[0]), tl.float32)
-        d = tl.arange(0, D_FIRST)
-        for first in range(0, HEAD_DIM, D_FIRST):
+        d = tl.arange(0, D_PART)
+        for first in range(0, HEAD_DIM, D_PART):
             in_head = (first + d < HEAD_DIM)[None, :]
             at = (first + d[None, :]).to(tl.int64)
             q = tl.load(query + q_offset[:, None] + at * q_stride_d, mask=q_ok[:, None] & in_head, other=0.0)
@@ -178,10 +178,10 @@ def logits(
             if FP8 != "":
                 k = decode_fp8(k, FP8, FP8_NATIVE)
             dots = tl.dot(q.to(DOT), tl.trans(k.to(DOT)), dots, input_precision=PRECISION)
-    x = dots * factor
-    if softcap is not None:
-        x = softcap * tanh(x / softcap)
-    return x * LOG2E
+    if softcap is None:
+        return dots * (factor * LOG2E)
+    else:
+        return (softcap * LOG2E) * tanh(dots * (factor / softcap))
 
 
 @triton.jit
@@ -196,11 +196,11 @@ def tanh(x):
 
 
 @triton.jit
-def hide(x, t, position, readable, window, CAUSAL: tl.constexpr):
-    """-Inf where a row does not see a key."""
+def sees(t, position, readable, window, CAUSAL: tl.constexpr):
+    """[M or 1, BLOCK_T]: which keys a row sees."""
     seen = ((t >= 0) & (t < readable))[None, :]
     if CAUSAL:
         seen = seen & (t[None, :] <= position[:, None])
     if window is not None:
         seen = seen & (t[None, :] > position[:, None] - window)
-    return tl.where(seen, x, float("-inf"))
+    return seen
