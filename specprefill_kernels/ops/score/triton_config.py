@@ -52,7 +52,7 @@ MIN_BLOCK_M = 16
 
 # Shared memory of a block in KiB, by compute capability; gfx942 has 64 KiB of LDS.
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-_SMALL, _LARGE, _LDS, _INTERPRETER = "small", "large", "lds", "interpreter"
+_SMALL, _MEDIUM, _LARGE, _LDS, _INTERPRETER = "small", "medium", "large", "lds", "interpreter"
 
 # (memory class, row bytes up to) -> (normalize, pool) as (block_t, tiles, num_stages).
 # normalize: 512 to 1024 keys a program: 128 programs a head at 128K tokens fill any GPU, and their partial sums are 8
@@ -66,6 +66,11 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]]
     (_LARGE, 256): ((128, 8, 3), (64, 8, 3)),
     (_LARGE, 512): ((64, 8, 3), (64, 8, 2)),
     (_LARGE, 1024): ((32, 16, 3), (32, 16, 2)),
+    # sm_80: as above, but fp8 keys are converted in registers, and with 128 keys of D = 128 one register was spilled.
+    (_MEDIUM, 128): ((128, 8, 4), (64, 8, 4)),
+    (_MEDIUM, 256): ((64, 16, 4), (64, 8, 3)),
+    (_MEDIUM, 512): ((64, 8, 3), (64, 8, 2)),
+    (_MEDIUM, 1024): ((32, 16, 3), (32, 16, 2)),
     (_SMALL, 128): ((128, 8, 3), (64, 8, 3)),
     (_SMALL, 256): ((64, 16, 3), (64, 8, 2)),
     (_SMALL, 512): ((64, 8, 2), (32, 16, 2)),
@@ -115,8 +120,8 @@ def memory_class(target: Target) -> str:
         return _INTERPRETER
     if target.vendor == "hip":
         return _LDS
-    # An architecture that is not in the table is taken for a small one.
-    return _LARGE if _SHARED_KIB.get(target.arch, 99) > 99 else _SMALL
+    shared = _SHARED_KIB.get(target.arch, 99)  # an architecture that is not in the table is taken for a small one
+    return _SMALL if shared <= 99 else _MEDIUM if shared <= 163 else _LARGE
 
 
 def native_fp8(target: Target) -> bool:
