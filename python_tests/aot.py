@@ -24,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the inter
 
 import aot_table
 import triton
+import triton.language as tl
 from aot_compile import ARCHS, Job, Result, compile_job
 from aot_record import Recorded, Room, record
 
@@ -47,13 +48,14 @@ def _run(index: int) -> tuple[int, Result]:
 def compile_all(jobs: Sequence[Job], workers: int, full: bool = False) -> Iterator[tuple[Job, Result]]:
     """Compile in `workers` processes; (job, result) as they come.
 
-    Without `full`, one binary per kernel, configuration and architecture is disassembled, and any that spills. Of the
-    others the instructions are counted in the PTX.
+    Without `full`, one binary per kernel, dtype of its dots and architecture is disassembled, and any that spills. Of
+    the others the instructions are counted in the PTX.
     """
     seen: set[tuple[object, ...]] = set()
     _work.clear()
     for job in jobs:
-        sample = (*job.row, job.arch.name)
+        dtypes = [str(value) for value in job.constants.values() if isinstance(value, tl.dtype)]
+        sample = (job.name, job.arch.name, *dtypes)
         _work.append((job, full or sample not in seen))
         seen.add(sample)
     fork = multiprocessing.get_context("fork")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Result:
     disassembled: bool = False
     seconds: float = 0.0
     error: str = ""
-    instructions: dict[str, int] = field(default_factory=dict)
+    tensor_core_ptx: int = 0
 
 
 def prepare(launch: Launch, arch: Arch, room: str, config: str, call: str) -> Job:
@@ -152,7 +152,9 @@ def _read_amd(text: str, result: Result) -> None:
 
 def _read_ptx(text: str, result: Result) -> None:
     """Good enough where the binary is not disassembled: what ptxas makes of these is their SASS namesakes."""
-    result.tensor_core = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", text))
+    result.tensor_core = result.tensor_core_ptx = len(
+        re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", text)
+    )
     copies = re.findall(r"\bcp\.async\.c[ag]\.shared\S*\s+\[[^]]*\], \[[^]]*\], (\w+)", text)
     accesses = re.findall(r"\b(?:ld|st)\.global(\S*)", text)
     result.accesses = len(copies) + len(accesses)
@@ -200,7 +202,6 @@ def _read_sass(text: str, result: Result) -> None:
     for name, suffix in INSTRUCTION.findall(text):
         if TENSOR_CORE.fullmatch(name):
             result.tensor_core += 1
-            result.instructions[name] = result.instructions.get(name, 0) + 1
         elif name in ("LDG", "STG", "LDGSTS"):
             result.accesses += 1
             result.wide += ".128" in suffix or ".256" in suffix

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from aot_compile import Arch, Job, prepare
+from aot_cover import Options, candidates, covering, product
 
 from specprefill_kernels import _triton
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a room's launcher, made with CPU tensors inside a recording."""
-
-    name: str
-    run: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -34,14 +28,20 @@ class Room:
     Attributes:
         modules: the room's modules; the heuristics are called through their names there.
         configs: everything that the heuristics can choose on an architecture.
-        calls: the calls for one architecture, the whole product of options if told so.
+        factors: what a call may vary, name -> values.
+        call: makes one call, with CPU tensors.
+        usable: which combinations of the factors a user may ask for.
+        whole: the factors whose whole product --full compiles.
         needs_tensor_cores: whether each kernel with a dot must have tensor-core instructions.
     """
 
     name: str
     modules: tuple[ModuleType, ...]
     configs: Callable[[Arch], Iterable[Any]]
-    calls: Callable[[Arch, bool], Iterator[Call]]
+    factors: Mapping[str, Sequence[Any]]
+    call: Callable[[Options], object]
+    usable: Callable[[Options], bool] = lambda options: True
+    whole: tuple[str, ...] = ()
     needs_tensor_cores: bool = False
 
 
@@ -55,46 +55,76 @@ class Recorded:
     problems: list[str] = field(default_factory=list)  # calls that failed, configurations never chosen
 
 
-def record(rooms: Iterable[Room], archs: Iterable[Arch], full: bool = False) -> Recorded:
+# Random calls that are tried for configurations that the covering set has missed.
+TRIES = 1000
+
+
+def record(rooms: Iterable[Room], archs: Sequence[Arch], full: bool = False) -> Recorded:
     """Every distinct kernel that the rooms' calls launch on `archs`."""
     recorded = Recorded()
     jobs: dict[Any, Job] = {}
     for room in rooms:
-        chosen_anywhere: set[Any] = set()
-        possible: dict[Any, list[str]] = {}
+        unseen: dict[Any, list[str]] = {}
         for arch in archs:
-            chosen: set[Any] = set()
-            for call in room.calls(arch, full):
-                recorded.calls += 1
-                _record_call(room, arch, call, chosen, jobs, recorded)
-            chosen_anywhere |= chosen
-            missing = [config for config in room.configs(arch) if config not in chosen]
-            for config in missing:
-                possible.setdefault(config, []).append(arch.name)
+            for config in _record_room(room, arch, full, jobs, recorded):
+                unseen.setdefault(config, []).append(arch.name)
         recorded.problems += [
             f"{room.name}: no call makes the heuristics choose {config} on {', '.join(names)}"
-            for config, names in possible.items()
+            for config, names in unseen.items()
         ]
     recorded.jobs = list(jobs.values())
     return recorded
 
 
-def _record_call(
-    room: Room, arch: Arch, call: Call, chosen: set[Any], jobs: dict[Any, Job], recorded: Recorded
-) -> None:
-    try:
-        with watching(room.modules) as choices, _triton.recording(arch.target) as launches:
-            call.run()
-        chosen |= set(choices)
+def _record_room(room: Room, arch: Arch, full: bool, jobs: dict[Any, Job], recorded: Recorded) -> set[Any]:
+    """The configurations that no call has led to."""
+    unseen = set(room.configs(arch))
+    combinations = covering(room.factors, arch.name, room.usable)
+    if full and room.whole:
+        combinations = product(room.factors, room.whole, arch.name, room.usable)
+
+    def keep(options: Options, launches: list[_triton.Launch], choices: list[Any]) -> None:
+        recorded.calls += 1
         recorded.launches += len(launches)
+        unseen.difference_update(choices)
         for launch in launches:
-            job = prepare(launch, arch, room.name, _label(launch, choices), call.name)
+            job = prepare(launch, arch, room.name, _label(launch, choices), _text(options))
             jobs.setdefault(job.key(), job)
-    except Exception as error:
-        recorded.problems.append(f"{room.name}, {call.name}, {arch.name}: {type(error).__name__}: {error}")
-        return
-    if not launches:
-        recorded.problems.append(f"{room.name}, {call.name}, {arch.name}: launched nothing")
+
+    for options in combinations:
+        place = f"{room.name}, {arch.name}, {_text(options)}"
+        try:
+            launches, choices = _observe(room, arch, options)
+            keep(options, launches, choices)
+            if not launches:
+                recorded.problems.append(f"{place}: launched nothing")
+        except Exception as error:
+            recorded.problems.append(f"{place}: {type(error).__name__}: {error}")
+    tries = candidates(room.factors, f"{arch.name} again", room.usable)
+    for options in itertools.islice(tries, TRIES):
+        if not unseen:
+            break
+        with contextlib.suppress(Exception):  # whatever fails has failed above
+            launches, choices = _observe(room, arch, options)
+            if unseen.intersection(choices):
+                keep(options, launches, choices)
+    return unseen
+
+
+def _observe(room: Room, arch: Arch, options: Options) -> tuple[list[_triton.Launch], list[Any]]:
+    """(launches, what the heuristics chose) of one call."""
+    with watching(room.modules) as choices, _triton.recording(arch.target) as launches:
+        room.call(options)
+    return launches, choices
+
+
+def _text(options: Options) -> str:
+    def value(item: Any) -> str:
+        if isinstance(item, tuple):
+            return "/".join(map(value, item))
+        return item.__name__ if callable(item) else str(item).removeprefix("torch.")
+
+    return " ".join(f"{name}={value(item)}" for name, item in options.items())
 
 
 @contextlib.contextmanager

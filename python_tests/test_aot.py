@@ -18,7 +18,7 @@ import aot_compile
 import aot_table
 import triton.language as tl
 from aot_compile import ARCHS
-from aot_record import Call, Room, record
+from aot_record import Room, record
 
 from specprefill_kernels import _triton
 
@@ -72,8 +72,14 @@ heuristics.choose = choose
 
 def check(*runs, configs=(), arch="sm_86", strict=True):
     """(the figures of each kernel, what is wrong) of a room that makes these calls."""
-    calls = [Call(f"call {index}", run) for index, run in enumerate(runs)]
-    room = Room("score", (heuristics,), lambda arch: configs, lambda arch, full: iter(calls), strict)
+    room = Room(
+        "score",
+        (heuristics,),
+        configs=lambda arch: configs,
+        factors={"run": runs},
+        call=lambda options: options["run"](),
+        needs_tensor_cores=strict,
+    )
     recorded = record([room], [ARCHS[arch]])
     outcomes, wrong = aot.check([room], recorded, 1, False)
     return outcomes, wrong
