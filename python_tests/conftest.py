@@ -25,6 +25,9 @@ else:
     settings.load_profile("specprefill")
 
 
+GPU_FAULTS = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+
+
 def no_gpu() -> str | None:
     """Why tests that need a GPU cannot run here, or None."""
     if INTERPRETED:
@@ -33,24 +36,38 @@ def no_gpu() -> str | None:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", help="i/n: run the i-th of n parts of the tests; all tests of a function fall in one")
+    parser.addoption("--shard", help="i/n: run the i-th of n parts, so that processes can share the tests")
+    parser.addoption("--after", help="run what follows this test (node id)")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep one part, so that several processes share the work (bench/gpu_check.sh) with nothing but pytest itself."""
-    if not config.getoption("--shard"):
-        return
-    index, count = map(int, config.getoption("--shard").split("/"))
-    # A function's parameters share most of their compiled kernels, so they stay together, in runs of at most 24.
+    """Without a GPU one skip stands for all parameters of a test; with --shard only that part of the tests is kept."""
+    index, count = map(int, (config.getoption("--shard") or "1/1").split("/"))
+    after, gpu = config.getoption("--after"), no_gpu() is None
     seen: dict[str, int] = {}
     kept, dropped = [], []
     for item in items:
         function = item.nodeid.split("[")[0]
         seen[function] = seen.get(function, -1) + 1
+        # A function's parameters share most of their compiled kernels, so they stay together, in runs of at most 24.
         run = zlib.crc32(f"{function} {seen[function] // 24}".encode())
-        (kept if run % count == index - 1 else dropped).append(item)
-    config.hook.pytest_deselected(items=dropped)
+        again = seen[function] > 0 and not gpu and item.get_closest_marker("gpu") is not None
+        (dropped if again or run % count != index - 1 else kept).append(item)
+    names = [item.nodeid for item in kept]
+    if after in names:
+        dropped += kept[: names.index(after) + 1]
+        kept = kept[names.index(after) + 1 :]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """After a fault on the GPU every later call fails: stop, and let whoever started the run go on in a new process."""
+    report = (yield).get_result()
+    if report.failed and any(fault in str(report.longrepr) for fault in GPU_FAULTS):
+        item.session.shouldstop = f"the GPU is lost to this process after {item.nodeid}"
 
 
 def pytest_runtest_setup(item):

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from grid import untouched_memory
+
+BEYOND = 2**31 + 4096  # elements
 
 LAYOUTS = ("bhtd", "bthd", "packed", "paged_nhd", "paged_hnd")
 STRIDES = ("plain", "permuted", "gaps", "stepped")
@@ -119,3 +123,20 @@ def read_token(buffer: torch.Tensor, layout: str, sequence: int, token: int, *, 
     block_size = buffer.shape[1 if layout == "paged_nhd" else 2]
     block = int(table[sequence, token // block_size])
     return buffer[block, token % block_size] if layout == "paged_nhd" else buffer[block, :, token % block_size]
+
+
+def far_apart(tensor: torch.Tensor, axis: int, at: int) -> torch.Tensor:
+    """The same values; indices from ``at`` on along ``axis`` lie more than 2^31 elements away, in untouched memory."""
+    small = tensor.contiguous()
+    stride = BEYOND // at
+    strides = list(small.stride())
+    strides[axis] = stride
+    size = sum((n - 1) * s for n, s in zip(small.shape, strides, strict=True)) + 1
+    try:
+        with untouched_memory():
+            flat = torch.empty(size, dtype=small.dtype, device=small.device)
+    except RuntimeError as error:
+        pytest.skip(f"no room for {size * small.element_size() / 2**30:.1f} GiB: {error}")
+    far = flat.as_strided(small.shape, strides)
+    far.copy_(small)
+    return far

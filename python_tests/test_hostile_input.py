@@ -82,7 +82,8 @@ def test_a_workspace_for_the_largest_of_each_size_serves_all_layers(backend):
     queries = [torch.randn(2, 3, q, d, generator=torch.Generator().manual_seed(q + d)) for q, _, d in shapes]
     keys = [torch.randn(2, kv, 150, d, generator=torch.Generator().manual_seed(kv + d)) for _, kv, d in shapes]
     queries, keys = ([x.to(backend.device) for x in tensors] for tensors in (queries, keys))
-    size = spk.score_workspace_size(3, 8, 1, 64, 150)
+    name = "cpu" if backend.name == "reference" else backend.name
+    size = spk.score_workspace_size(3, 8, 1, 64, 150, batch=2, layers=3, backend=name)
     states = [spk.new_state(2, 3, 150, device=backend.device) for _ in range(2)]
     workspace = torch.full((size,), 255, dtype=torch.uint8, device=backend.device)
     spk.score_layers_(states[0], queries, keys, backend=backend.name)

@@ -7,31 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grid import on_backends, same, untouched_memory
-from layouts import lay_out
+from grid import on_backends, same
+from layouts import far_apart, lay_out
 from scoring import BF16, E4M3, FP32, Case, assert_close, draw
 from selecting import selection_of
 
 import specprefill_kernels as spk
-
-BEYOND = 2**31 + 4096  # elements
-
-
-def far_apart(tensor: torch.Tensor, axis: int, at: int) -> torch.Tensor:
-    """The same values; indices from ``at`` on along ``axis`` lie more than 2^31 elements away, in untouched memory."""
-    small = tensor.contiguous()
-    stride = BEYOND // at
-    strides = list(small.stride())
-    strides[axis] = stride
-    size = sum((n - 1) * s for n, s in zip(small.shape, strides, strict=True)) + 1
-    try:
-        with untouched_memory():
-            flat = torch.empty(size, dtype=small.dtype)
-    except RuntimeError as error:
-        pytest.skip(f"no address space for {size * small.element_size() / 2**30:.1f} GiB: {error}")
-    far = flat.as_strided(small.shape, strides)
-    far.copy_(small)
-    return far
 
 
 @on_backends("score_layer", devices=("cpu",))
