@@ -213,7 +213,7 @@ class _Group:
         self._pool(lse, strides)
 
     def _sum(self, workspace: Tensor | None) -> Tensor:
-        """lse [layers, B, N, Hq]: the first two passes."""
+        """lse [layers, B, N, Hq] in base 2: the first two passes."""
         tile, config = self.config.normalize, self.config
         split_tokens = tile.block_t * tile.tiles
         extra = self.options.extra_keys
@@ -272,7 +272,7 @@ class _Group:
             *self._strides(), *self._sizes(), *self._numbers(), half, float(size), out_tokens, programs,
             on=state, TILES=tile.tiles, BLOCK_T=tile.block_t, EXTRA_KEYS=options.extra_keys,
             POOL=pool, VALID_EDGE=options.pool_edge == "valid" and size > 1, ONE_ROW=one_row,
-            UPCAST=self.target.interpreted,
+            UPCAST=self.target.interpreted, LSE_BASE_2=self.lse is None,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **self._constexprs(),
         )  # fmt: skip
 

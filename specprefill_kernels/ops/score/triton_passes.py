@@ -17,7 +17,8 @@ import triton.language as tl
 
 from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, key_offsets, logits, pick, query_part, sees
 
-LN2 = tl.constexpr(0.6931471805599453)
+# The lowest fp32: what is taken for -Inf where a difference of two must not be NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Numbers that differ from call to call; a kernel for each value of them would gain nothing.
 PLAIN = ["look_ahead", "capacity", "room", "num_blocks", "splits", "half", "window", "group", "out_tokens", "programs"]
 
@@ -105,7 +106,7 @@ def join_sums(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """lse [layers, B, N, Hq], natural logarithm; 0 for a row that sees no key. One program for each tile of rows."""
+    """lse [layers, B, N, Hq], in base 2; 0 for a row that sees no key. One program for each tile of rows."""
     pid = tl.program_id(0)
     b, unit = pid % batch, pid // batch
     block, head, layer = unit % row_blocks, unit // row_blocks % kv_heads, unit // row_blocks // kv_heads
@@ -128,7 +129,8 @@ def join_sums(
         total = total * tl.exp2(maximum - zero) + tl.sum(part * tl.exp2(highest - zero[None, :]), 0)
         maximum = higher
     sees_none = (maximum == float("-inf")) & (total == 0.0)
-    value = tl.where(sees_none, 0.0, (maximum + tl.log2(tl.where(sees_none, 1.0, total))) * LN2)
+    # In base 2 as the logits are: where one key has all the weight, its logit is then the very number that is stored.
+    value = tl.where(sees_none, 0.0, maximum + tl.log2(tl.where(sees_none, 1.0, total)))
     g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
     row = (layer.to(tl.int64) * batch + b) * look_ahead + n
     tl.store(lse + row * (kv_heads * group) + head * group + g, value, mask=(n < rows) & (g < group))
@@ -146,6 +148,7 @@ def pool_max(
     OBSERVATION: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     FP8: tl.constexpr, FP8_NATIVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     POOL: tl.constexpr, VALID_EDGE: tl.constexpr, ONE_ROW: tl.constexpr, UPCAST: tl.constexpr,
+    LSE_BASE_2: tl.constexpr,
 ):  # fmt: skip
     """state [B, N or 1, T]: each program writes TILES tiles of `out_tokens` positions, for one layer and KV head.
 
@@ -179,7 +182,10 @@ def pool_max(
     lse_at = b.to(tl.int64) * lse_stride_b + n.to(tl.int64) * lse_stride_n
     lse_at += (head * group + g).to(tl.int64) * lse_stride_h
     norm = tl.load(pick(lse, layer) + lse_at, mask=ok, other=0.0)
-    norm = tl.where(norm == float("inf"), float("nan"), norm) * LOG2E  # as any other that is no number: to be seen
+    if not LSE_BASE_2:
+        norm = norm * LOG2E
+    norm = tl.where(norm == float("inf"), float("nan"), norm)  # as any other that is no number: to be seen
+    norm = tl.where(norm == float("-inf"), LOWEST, norm)  # of a row that sees no key: its weights are 0, not NaN
 
     last = tl.minimum(first + out_tokens * TILES, length)
     for out0 in range(first, last, out_tokens):
@@ -249,7 +255,10 @@ def weights(
         query, q_offset, q_ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
         HEAD_DIM, D_FIRST, D_REST, D_PART, FP8, FP8_NATIVE, DOT, PRECISION,
     )  # fmt: skip
-    return tl.where(sees(t, position, length, window, OBSERVATION), tl.exp2(x - norm[:, None]), 0.0)
+    # Hidden before the difference, which keeps it from being fused with the product inside x: a logit that is the whole
+    # sum must give a weight of 1, so it has to be rounded as it was when the sum was taken.
+    x = tl.where(sees(t, position, length, window, OBSERVATION), x, float("-inf"))
+    return tl.exp2(x - norm[:, None])
 
 
 @triton.jit
