@@ -1,0 +1,111 @@
+"""Scores that need more than one tile: of keys, of rows, of the head dimension, of pooling, and more than one launch.
+
+A GPU backend cuts its work at constants of its own; the sizes here lie on both sides of them, on a GPU and in Triton's
+interpreter, whose stretches of keys are shorter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from grid import on_backends, same
+from scoring import BF16, FP32, Case, assert_close, check, draw
+
+import specprefill_kernels as spk
+
+pytestmark = on_backends("score_layer")
+
+# Row 1 ends within a stretch of keys that row 0 goes beyond.
+LONG = Case(seq_lens=(530, 257), heads=(2, 1), head_dim=16, look_ahead=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"pool_kernel_size": 1}, {"pool_edge": "valid"}, {"softcap": 3.0}], ids=str)
+def test_stretches_of_keys_join(backend, options):
+    check(LONG.but(options=options), backend)
+
+
+@pytest.mark.parametrize("lengths", [(231, 232), (233, 255), (256, 257), (463, 465), (512, 513)], ids=str)
+def test_lengths_around_stretches(backend, lengths):
+    check(LONG.but(seq_lens=lengths, look_ahead=1), backend)
+
+
+@pytest.mark.parametrize("width", [3, 33, 65, 67, 129, 131, 301, 1201])
+@pytest.mark.parametrize("edge", ["zero", "valid"])
+def test_wide_pooling(backend, width, edge):
+    """Wider than half a tile, than a tile, and than the prompt."""
+    check(LONG.but(seq_lens=(300, 40), options={"pool_kernel_size": width, "pool_edge": edge}), backend)
+
+
+@pytest.mark.parametrize("width", [13, 201])
+@pytest.mark.parametrize("window", [1, 7, 120, 400])
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+def test_tiles_before_a_window_weigh_nothing(backend, queries, window, width):
+    """Nor do they hide the edge of the window, which pooling carries a little further."""
+    options = {"queries": queries, "window": window, "pool_kernel_size": width}
+    check(LONG.but(seq_lens=(420, 130), look_ahead=3, options=options), backend)
+
+
+def test_nothing_is_read_before_a_window(backend):
+    """Whole tiles that no row sees are not touched: NaN there does no harm."""
+    problem = draw(LONG.but(seq_lens=(700,), options={"window": 20}))
+    expected = problem.expected()
+    key = problem.arguments(backend.device)["key"]
+    if backend.name not in ("triton", "cuda"):
+        pytest.skip("a promise of the GPU kernels, for speed")
+    key[:, :, :300] = float("nan")
+    assert_close(problem.run(backend, key=key), expected)
+
+
+@pytest.mark.parametrize(
+    ("look_ahead", "heads"),
+    [(17, (2, 1)), (40, (1, 1)), (8, (9, 1)), (8, (17, 1)), (33, (5, 1)), (3, (71, 1)), (16, (12, 2)), (1, (130, 2))],
+    ids=str,
+)
+def test_rows_beyond_one_tile(backend, look_ahead, heads):
+    """More look-ahead rows, more heads of a group, or more of both than a tile has rows."""
+    check(Case(seq_lens=(50, 43), look_ahead=look_ahead, heads=heads, head_dim=16), backend)
+    rows = (look_ahead, max(1, look_ahead // 2))
+    options = {"queries": "observation_window"}
+    check(Case(seq_lens=(50, 43), look_ahead=look_ahead, rows=rows, heads=heads, head_dim=16, options=options), backend)
+
+
+@pytest.mark.parametrize("look_ahead", [5, 20])
+def test_one_row_of_state_takes_the_maximum_of_all_tiles(backend, look_ahead):
+    check(Case(seq_lens=(50, 43), look_ahead=look_ahead, heads=(18, 2), head_dim=16, one_row=True), backend)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("head_dim", [72, 100, 130, 255, 257, 300, 520])
+def test_heads_in_parts(backend, head_dim, dtype):
+    check(Case(seq_lens=(40,), head_dim=head_dim, dtypes=(dtype, dtype)), backend)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 5, 16, 17])
+def test_any_number_of_layers_is_every_one_of_them(backend, layers):
+    """Launches take so many layers each; the weight of each lies on a key of its own."""
+    length, dim = 200, 16
+    keys = [torch.zeros(1, 1, length, dim) for _ in range(layers)]
+    for i, key in enumerate(keys):
+        key[0, 0, 10 * i] = 1
+    queries = [torch.full((1, 1, 1, dim), 8.0) for _ in range(layers)]
+    placed = [[x.to(backend.device) for x in xs] for xs in (queries, keys)]
+    state = spk.new_state(1, 1, length, backend.device)
+    spk.score_layers_(state, *placed, pool_kernel_size=1, backend=backend.name)
+    weight = np.exp(8.0 * dim / 4)
+    peak, rest = weight / (weight + length - 1), 1 / (weight + length - 1)
+    expected = np.full((1, 1, length), rest)
+    expected[0, 0, : 10 * layers : 10] = peak
+    assert_close(state.cpu().numpy(), expected)
+
+
+def test_a_long_sequence_alone_equals_the_same_in_a_batch(backend):
+    """Stretches are cut at the same places, whatever else is in the batch."""
+    problem = draw(LONG)
+    together = problem.run(backend)
+    for b, length in enumerate(LONG.seq_lens):
+        arguments = problem.arguments(backend.device)
+        query, key = arguments["query"][b : b + 1], arguments["key"][b : b + 1]
+        state = spk.new_state(1, LONG.look_ahead, length, backend.device)
+        spk.score_layer_(state, query, key, seq_lens=arguments["seq_lens"][b : b + 1], backend=backend.name)
+        same(state.cpu(), together[b : b + 1, :, :length], f"sequence {b}")
