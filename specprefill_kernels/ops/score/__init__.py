@@ -133,7 +133,8 @@ def score_layer_(
     Raises:
         ValueError: an argument is wrong; the message names it, what was expected and what came. On CPU tensors also for
             lengths or block ids beyond the buffers, and NaN or +Inf among a valid row's attention weights; `state` is
-            then undefined.
+            then undefined. On CUDA tensors contents are never read on the host: what lies beyond a buffer counts as
+            absent, and a row whose weights are not finite leaves NaN or Inf in `state`, which nothing later removes.
         BackendUnavailable: a backend asked for by name cannot run.
 
     Example:
