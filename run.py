@@ -3,6 +3,8 @@
 
     python3 run.py demo [args]      speculative prefill on a real model and a real document (specprefill demo [args])
     python3 run.py test [args]      the tests (pytest python_tests [args])
+    python3 run.py triton [args]    the Triton kernels without a GPU: their tests in Triton's interpreter, then all of
+                                    them compiled for every architecture (python_tests/aot.py [args])
     python3 run.py setup [extras]   only the set-up
     python3 run.py lint             ruff, clang-format and mypy, check-only
     python3 run.py sanitize         the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
@@ -34,7 +36,15 @@ STAMP = VENV / "setup.json"
 
 # The newest torch the kernels were tested with; any torch >= 2.6 works (see pyproject.toml).
 TORCH = "torch==2.13.0"
-EXTRAS = {"demo": "demo", "test": "test", "lint": "dev", "sanitize": "dev", "setup": "demo,test", "python": "test"}
+EXTRAS = {
+    "demo": "demo",
+    "test": "test",
+    "triton": "test,triton",
+    "lint": "dev",
+    "sanitize": "dev",
+    "setup": "demo,test",
+    "python": "test",
+}
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
@@ -226,6 +236,15 @@ def lint() -> int:
     return 1 if failed else 0
 
 
+def triton(args: list[str]) -> int:
+    """Both parts run, so that one that fails does not hide the other."""
+    python = str(PYTHON)
+    interpreter = {"TRITON_INTERPRET": "1"}  # it must be in the environment before triton is imported
+    tests = call(python, "-m", "pytest", "-q", "python_tests", "-k", "triton", env=interpreter)
+    compiled = call(python, str(ROOT / "python_tests" / "aot.py"), *args)
+    return tests or compiled
+
+
 def main(argv: list[str]) -> int:
     job, args = (argv[0], argv[1:]) if argv else ("help", [])
     if job not in EXTRAS:
@@ -241,6 +260,8 @@ def main(argv: list[str]) -> int:
         return call(str(VENV / "bin" / "specprefill"), "demo", *args)
     if job == "test":
         return call(python, "-m", "pytest", *args)
+    if job == "triton":
+        return triton(args)
     if job == "lint":
         return lint()
     if job == "sanitize":

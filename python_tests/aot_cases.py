@@ -96,8 +96,7 @@ GATHER_FACTORS = {
     # [..., tokens, ...] around the token axis: ids, M-RoPE ids, hidden states, heads before and behind the tokens
     "around": (
         *(((), ()), ((3,), ()), ((), (4,)), ((), (16,)), ((), (2048,))),
-        *(((3, 2), (8, 40)), ((), (7,)), ((), (112,))),
-    ),
+        *(((3, 2), (8, 40)), ((), (7,)), ((), (128,))),
     ),
     "dtype": (torch.int64, FP16, FP32, torch.uint8),
     "strides": ("plain", "far", "stepped"),
@@ -184,7 +183,16 @@ def _kv_call(options: Options) -> None:
     )
 
 
-SELECT_TOKENS_FACTORS = {**FINALIZE_FACTORS, **SELECT_FACTORS, "x": ("ids", "rope", "hidden")}
+# Its kernels are those of the other rooms; what is its own is the importance computed on the way, and ids of chunks.
+SELECT_TOKENS_FACTORS = {
+    **FINALIZE_FACTORS,
+    "x": ("ids", "rope", "hidden"),
+    "chunk_size": (32,),
+    "budget": ("ratio", "mass"),
+    "protect": (False, True),
+    "sink": (0,),
+    "tail": (64,),
+}
 
 
 def _select_tokens_call(options: Options) -> None:
@@ -264,6 +272,6 @@ def rooms() -> list[Room]:
             _every(()),  # as in `select` and `gather`
             SELECT_TOKENS_FACTORS,
             _select_tokens_call,
-            whole=("chunk_size", "budget", "reduce", "pool", "x"),
+            whole=tuple(SELECT_TOKENS_FACTORS),
         ),
     ]

@@ -39,10 +39,14 @@ def alone(problem: Problem, b: int) -> Problem:
     )
 
 
-def batch_case(layout: str, dtypes, options: dict) -> Case:
-    if options.get("queries") == "observation_window":
-        return BATCH.but(layout=layout, dtypes=dtypes, options=options, rows=(5, 2, 1, 4))
-    return BATCH.but(layout=layout, dtypes=dtypes, options=options)
+def batch_case(backend, layout: str, dtypes, options: dict) -> Case:
+    case = BATCH.but(layout=layout, dtypes=dtypes, options=options, seq_lens=lengths(backend))
+    return case.but(rows=(5, 2, 1, 4)) if options.get("queries") == "observation_window" else case
+
+
+def lengths(backend) -> tuple[int, ...]:
+    """A prompt of several tiles among short ones."""
+    return backend.sized(SEQ_LENS, (270, 133, 1, 64))
 
 
 @on_backends("score_layer")
@@ -50,9 +54,9 @@ def batch_case(layout: str, dtypes, options: dict) -> Case:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_batch_equals_its_sequences_alone(backend, layout, dtypes, options):
-    problem = draw(batch_case(layout, dtypes, options))
+    problem = draw(batch_case(backend, layout, dtypes, options))
     together = problem.run(backend)
-    for b, length in enumerate(SEQ_LENS):
+    for b, length in enumerate(lengths(backend)):
         same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
 
 
@@ -60,9 +64,9 @@ def test_a_batch_equals_its_sequences_alone(backend, layout, dtypes, options):
 @pytest.mark.parametrize("lse", [False, True], ids=["own lse", "given lse"])
 @pytest.mark.parametrize("one_row", [False, True], ids=["all rows", "one row"])
 def test_a_batch_equals_its_sequences_alone_with_lse_or_one_row(backend, lse, one_row):
-    problem = draw(BATCH.but(lse=lse, one_row=one_row))
+    problem = draw(BATCH.but(seq_lens=lengths(backend), lse=lse, one_row=one_row))
     together = problem.run(backend)
-    for b, length in enumerate(SEQ_LENS):
+    for b, length in enumerate(lengths(backend)):
         same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
 
 
@@ -71,9 +75,9 @@ def test_a_batch_equals_its_sequences_alone_with_lse_or_one_row(backend, lse, on
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("one_row", [False, True], ids=["all rows", "one row"])
 def test_scores_do_not_depend_on_run_or_threads(backend, dtypes, options, one_row, threads):
-    problem = draw(batch_case("bhtd", dtypes, options).but(one_row=one_row))
+    problem = draw(batch_case(backend, "bhtd", dtypes, options).but(one_row=one_row))
     runs = []
-    for count in (1, 2, 3, 1):
+    for count in backend.sized((1, 2, 3, 1), (1, 2)):
         threads(count)
         runs.append(problem.run(backend))
     for again in runs[1:]:
@@ -124,11 +128,11 @@ def test_the_tail_of_a_batch_equals_its_sequences_alone(backend):
 
 @on_backends("score_layer")
 def test_callers_in_many_threads_do_not_disturb_each_other(backend):
-    problems = [draw(BATCH.but(seed=seed, dtypes=(BF16, BF16))) for seed in range(4)]
+    problems = [draw(BATCH.but(seq_lens=lengths(backend), seed=seed, dtypes=(BF16, BF16))) for seed in range(4)]
     single = [problem.run(backend) for problem in problems]
     # Triton's interpreter keeps the program's number in a global: there the callers take turns.
     with ThreadPoolExecutor(backend.sized(4, 1)) as pool:
-        for _ in range(3):
+        for _ in range(backend.sized(3, 1)):
             for left, right in zip(pool.map(lambda problem: problem.run(backend), problems), single, strict=True):
                 same(left, right)
 

@@ -21,9 +21,11 @@ DEVICE_TYPE = _triton.DEVICE_TYPE
 @triton.jit
 def length_of(lengths, b, most):
     """Entry b of `lengths`, kept within [1, most], or `most` where there are none: an int32 scalar."""
-    if lengths is None:
-        return tl.full((), most, tl.int32)
-    return tl.minimum(tl.maximum(tl.load(lengths + b), 1), most)
+    # one way out: the compiler follows both branches of a function that returns early
+    length = tl.full((), most, tl.int32)
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + b), 1), length)
+    return length
 
 
 @triton.jit
@@ -37,12 +39,15 @@ def _row_values(row, t, length, capacity, stride_t, half, divisor, POOL: tl.cons
             total += tl.load(row + at * stride_t, mask=(at >= 0) & (at < length), other=0.0)
         if VALID_EDGE:
             inside = tl.minimum(t + half, length - 1) - tl.maximum(t - half, 0) + 1
-            return tl.div_rn(total, tl.maximum(inside, 1).to(tl.float32))
-        return tl.div_rn(total, divisor)
-    # The length itself would be a mask of single elements, and the loads as narrow. What is read too much lies inside
-    # the state and is dropped.
-    readable = tl.minimum((length + 15) // 16 * 16, capacity)
-    return tl.load(row + t * stride_t, mask=t < readable, other=0.0)
+            value = tl.div_rn(total, tl.maximum(inside, 1).to(tl.float32))
+        else:
+            value = tl.div_rn(total, divisor)
+    else:
+        # The length itself would be a mask of single elements, and the loads as narrow. What is read too much lies
+        # inside the state and is dropped.
+        readable = tl.minimum((length + 15) // 16 * 16, capacity)
+        value = tl.load(row + t * stride_t, mask=t < readable, other=0.0)
+    return value
 
 
 @triton.jit

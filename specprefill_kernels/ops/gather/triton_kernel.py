@@ -219,8 +219,8 @@ def _gather_slices(
 
 
 def _two(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Exactly two (size, stride, stride), the first of size 1 where one is enough."""
-    return [*[(1, 0, 1)] * (2 - len(dims)), *dims]
+    """Exactly two (size, stride, stride), of size 1 where fewer are enough. Stride 0 leaves pointers aligned."""
+    return [*[(1, 0, 0)] * (2 - len(dims)), *dims]
 
 
 def _launch_slice(

@@ -19,8 +19,8 @@ from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, key_offsets
 
 # The lowest fp32: what is taken for -Inf where a difference of two must not be NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Numbers that differ from call to call: a kernel for 1 and for multiples of 16 of each would gain nothing. The strides of
-# queries and keys are not among them: they decide how wide loads may be.
+# Numbers that differ from call to call: a kernel for 1 and for multiples of 16 of each would gain nothing. The strides
+# of queries and keys are not among them: they decide how wide loads may be.
 PLAIN = [
     "batch", "kv_heads", "row_blocks", "group", "look_ahead", "capacity", "room", "splits", "programs",
     "num_blocks", "table_stride", "scale_stride", "state_stride_b", "state_stride_n",

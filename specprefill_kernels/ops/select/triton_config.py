@@ -49,17 +49,18 @@ class ExpandConfig:
 KEYS = KeysConfig(tokens=1024, num_warps=4)
 KEYS_INTERPRETER = KeysConfig(tokens=65536, num_warps=1)
 
-# Ranks: the smallest block that holds all chunks. A round is one reduction over the block, and most of its time goes to
-# the barrier between warps; so few warps with up to 32 keys a thread (32 registers of the 64 that 1024 threads leave).
+# Ranks: the smallest block that holds all chunks. A round is one reduction over the block, and most of its time goes
+# to the shuffles and the barrier, so few warps: 16 keys a thread.
 RANK_HELD = (
     RankConfig(block=1024, held=True, num_warps=4),
     RankConfig(block=4096, held=True, num_warps=8),
     RankConfig(block=8192, held=True, num_warps=16),
-    RankConfig(block=32768, held=True, num_warps=32),
 )
-RANK_TILED = RankConfig(block=8192, held=False, num_warps=32)
+# Beyond, keys are read again every round, most of them out of the first-level cache: 1M tokens in chunks of 32 have
+# 128 KiB of them. 1024 threads would leave 64 registers each: a list of 16 keys a thread spills.
+RANK_TILED = RankConfig(block=4096, held=False, num_warps=16)
 # A chunk with its mass takes 3 registers.
-MOST_HELD_WITH_MASS = 8192
+MOST_HELD_WITH_MASS = 4096
 RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in (512, 8192, 32768))
 
 # Four positions a thread: one 16-byte store.

@@ -23,29 +23,19 @@ from specprefill_kernels.ops.finalize.triton_kernel import importance_of, length
 from specprefill_kernels.ops.select.budget import MASS_SLACK, RATIO_SLACK, RATIO_UNITS, Budget
 from specprefill_kernels.ops.select.reference import _non_negative
 from specprefill_kernels.ops.select.triton_config import choose_expand, choose_keys, choose_rank
+from specprefill_kernels.ops.select.triton_rank import ABSENT, FORCED, NAN, rank_kernel
 
 unavailable = _triton.unavailable
 DEVICE_TYPE = _triton.DEVICE_TYPE
 
-# Keys are unsigned 32-bit integers in the order of the fp32 they stand for.
-_ABSENT = tl.constexpr(0)  # no number has this key
-_NAN = tl.constexpr(0xFFFFFFFE)  # the largest value, as in torch.topk
-_FORCED = tl.constexpr(0xFFFFFFFF)
-
-_UNITS = tl.constexpr(RATIO_UNITS)
-# Three counts of a block, in one int64.
-_COUNT_BITS = tl.constexpr(21)
-_TWO_COUNTS_BITS = tl.constexpr(42)
-_COUNT_MASK = tl.constexpr(2**21 - 1)
-
 
 @triton.jit
 def _ordered(x):
-    """fp32 to an integer of the same order. -0 is 0."""
+    """The key of an fp32 (see triton_rank). -0 is 0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     negative = (bits >> 31) != 0
     key = tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return tl.where(x != x, _NAN, key)
+    return tl.where(x != x, NAN, key)
 
 
 @triton.jit
@@ -87,6 +77,8 @@ def keys_kernel(
     mass = tl.zeros((CHUNKS,), tl.float64)
     protected = tl.zeros((CHUNKS,), tl.int32)
     source += b * stride_b
+    # As in `importance_of`: a mask that leaves the loads wide; what is read too much is dropped.
+    readable = tl.minimum((length + 15) // 16 * 16, capacity)
     for first in range(0, CHUNK_SIZE, PIECE):
         lane = first + tl.arange(0, PIECE)[None, :]
         t = start[:, None] + lane
@@ -103,13 +95,12 @@ def keys_kernel(
                 written = written & (lane < CHUNK_SIZE)
             tl.store(importance + b * capacity + t, x, mask=written)
         else:
-            # As in `importance_of`: a mask that leaves the loads wide; what is read too much is dropped.
-            readable = tl.minimum((length + 15) // 16 * 16, capacity)
             x = tl.load(source + t * stride_t, mask=t < readable, other=0.0)
         mass += tl.sum(tl.where(inside, x, 0.0).to(tl.float64), axis=1)
         if protect is not None:
             at = protect + b * protect_stride_b + t * protect_stride_t
-            protected = tl.maximum(protected, tl.max(tl.load(at, mask=inside, other=0).to(tl.int32), axis=1))
+            marks = tl.where(inside, tl.load(at, mask=t < readable, other=0), 0)
+            protected = tl.maximum(protected, tl.max(marks.to(tl.int32), axis=1))
     if masses is None:
         # a chunk behind the end has no tokens, and no key either
         key = _ordered((mass / tl.maximum(stop - start, 1).to(tl.float64)).to(tl.float32))
@@ -117,226 +108,9 @@ def keys_kernel(
         key = _ordered(mass.to(tl.float32))
         tl.store(masses + b * num_chunks + chunk, mass, mask=chunk < num_chunks)
     forced = (start < sink) | (stop > length - tail) | (protected != 0)
-    key = tl.where(forced, _FORCED, key)
-    key = tl.where(start < length, key, _ABSENT)
+    key = tl.where(forced, FORCED, key)
+    key = tl.where(start < length, key, ABSENT)
     tl.store(keys + b * num_chunks + chunk, key.to(tl.int32, bitcast=True), mask=chunk < num_chunks)
-
-
-@triton.jit
-def _ratio_chunks(num_chunks, units_per_chunk, rounding):
-    """(units_per_chunk * num_chunks + rounding) // RATIO_UNITS, as `budget.ratio_chunks`, with no product over 2^63."""
-    high, low = (num_chunks >> 16).to(tl.int64), (num_chunks & 0xFFFF).to(tl.int64)
-    product = high * units_per_chunk
-    rest = ((product % _UNITS) << 16) + low * units_per_chunk + rounding
-    return (((product // _UNITS) << 16) + rest // _UNITS).to(tl.int32)
-
-
-@triton.jit
-def _keys_from(keys, start, num_chunks, BLOCK: tl.constexpr):
-    chunk = start + tl.arange(0, BLOCK)
-    return tl.load(keys + chunk, mask=chunk < num_chunks, other=0).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _masses_from(masses, start, num_chunks, BLOCK: tl.constexpr):
-    chunk = start + tl.arange(0, BLOCK)
-    return tl.load(masses + chunk, mask=chunk < num_chunks, other=0.0)
-
-
-# Whatever looks at all chunks of a sequence takes them from registers (`held`) or from memory, block by block.
-
-
-@triton.jit
-def _reached_thrice(keys, low, step):
-    """Whether each key is at least low, low + step, low + 2 step: three counts of a block in one sum."""
-    one = (keys >= low).to(tl.int64)
-    two = (keys >= low + step).to(tl.int64) << _COUNT_BITS
-    three = (keys >= low + 2 * step).to(tl.int64) << _TWO_COUNTS_BITS
-    return one + two + three
-
-
-@triton.jit
-def _count_thrice(keys, held, num_chunks, low, step, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    if HELD:
-        packed = tl.sum(_reached_thrice(held, low, step))
-        one, two, three = packed & _COUNT_MASK, (packed >> _COUNT_BITS) & _COUNT_MASK, packed >> _TWO_COUNTS_BITS
-    else:
-        one, two, three = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
-        for start in range(0, num_chunks, BLOCK):
-            packed = tl.sum(_reached_thrice(_keys_from(keys, start, num_chunks, BLOCK), low, step))
-            one += packed & _COUNT_MASK
-            two += (packed >> _COUNT_BITS) & _COUNT_MASK
-            three += packed >> _TWO_COUNTS_BITS
-    return one.to(tl.int32), two.to(tl.int32), three.to(tl.int32)
-
-
-@triton.jit
-def _count(keys, held, num_chunks, low, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """How many keys are at least low."""
-    if HELD:
-        count = tl.sum((held >= low).to(tl.int32))
-    else:
-        count = tl.full((), 0, tl.int32)
-        for start in range(0, num_chunks, BLOCK):
-            count += tl.sum((_keys_from(keys, start, num_chunks, BLOCK) >= low).to(tl.int32))
-    return count
-
-
-@triton.jit
-def _mass(keys, masses, held, held_mass, num_chunks, low, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """The mass of the chunks whose keys are at least low."""
-    if HELD:
-        total = tl.sum(tl.where(held >= low, held_mass, 0.0))
-    else:
-        total = tl.full((), 0.0, tl.float64)
-        for start in range(0, num_chunks, BLOCK):
-            mass = _masses_from(masses, start, num_chunks, BLOCK)
-            total += tl.sum(tl.where(_keys_from(keys, start, num_chunks, BLOCK) >= low, mass, 0.0))
-    return total
-
-
-@triton.jit
-def _search_count(keys, held, num_chunks, wanted, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """A key with at most `wanted` keys above it, and at least as many not below it. Two bits a round."""
-    threshold = tl.full((), 0, tl.uint32)
-    count = num_chunks
-    shift = tl.full((), 30, tl.int32)
-    # Once as many as wanted are left, the lower bits do not matter: half of the rounds for keys that differ.
-    while (shift >= 0) & (count != wanted):
-        step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
-        one, two, three = _count_thrice(keys, held, num_chunks, threshold + step, step, BLOCK, HELD)
-        steps = (one >= wanted).to(tl.uint32) + (two >= wanted).to(tl.uint32) + (three >= wanted).to(tl.uint32)
-        threshold += steps * step
-        count = tl.where(one >= wanted, one, count)
-        count = tl.where(two >= wanted, two, count)
-        count = tl.where(three >= wanted, three, count)
-        shift -= 2
-    return threshold
-
-
-@triton.jit
-def _search_mass(keys, masses, held, held_mass, num_chunks, needed, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """The largest key such that the chunks not below it, at least one, hold `needed`. ABSENT if none does (NaN)."""
-    if HELD:
-        largest = tl.max(held)
-    else:
-        largest = tl.full((), 0, tl.uint32)
-        for start in range(0, num_chunks, BLOCK):
-            largest = tl.maximum(largest, tl.max(_keys_from(keys, start, num_chunks, BLOCK)))
-    threshold = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        tried = threshold | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        reached = _mass(keys, masses, held, held_mass, num_chunks, tried, BLOCK, HELD) >= needed
-        threshold = tl.where(reached & (tried <= largest), tried, threshold)
-    return threshold
-
-
-@triton.jit
-def _ties_short(key, mass, threshold, before, needed):
-    """(how many chunks at the threshold have less than `needed` before them, the mass of all at it)"""
-    tie = key == threshold
-    mass = tl.where(tie, mass, 0.0)
-    short = tie & (before + (tl.cumsum(mass, 0) - mass) < needed)
-    return tl.sum(short.to(tl.int32)), tl.sum(mass)
-
-
-@triton.jit
-def _ties_for_mass(
-    keys, masses, held, held_mass, num_chunks, threshold, above, needed, BLOCK: tl.constexpr, HELD: tl.constexpr
-):
-    """How many of the chunks at the threshold are kept, when those above it hold `above`."""
-    if HELD:
-        ties, _ = _ties_short(held, held_mass, threshold, above, needed)
-    else:
-        ties = tl.full((), 0, tl.int32)
-        for start in range(0, num_chunks, BLOCK):
-            key = _keys_from(keys, start, num_chunks, BLOCK)
-            mass = _masses_from(masses, start, num_chunks, BLOCK)
-            short, at_it = _ties_short(key, mass, threshold, above, needed)
-            ties += short
-            above += at_it
-    ties = tl.maximum(ties, 1)  # one chunk is kept even if nothing is needed
-    forced = _count(keys, held, num_chunks, tl.full((), _FORCED, tl.uint32), BLOCK, HELD)
-    ties = tl.where(threshold == _FORCED, forced, ties)
-    return tl.where(threshold == _ABSENT, 0, ties)
-
-
-@triton.jit
-def _list_block(key, start, chunk_ids, threshold, ties, above_before, ties_before, BLOCK: tl.constexpr):
-    """Appends a block's kept chunks to the list: those above the threshold, and the first `ties` of those at it."""
-    chunk = start + tl.arange(0, BLOCK)
-    above = key > threshold
-    tie = (key == threshold) & (key != _ABSENT)
-    own = (above.to(tl.int32) << 16) | tie.to(tl.int32)
-    before = tl.cumsum(own, 0) - own  # both counts, each below 2^15
-    tie_rank = ties_before + (before & 0xFFFF)
-    kept = above | (tie & (tie_rank < ties))
-    at = above_before + (before >> 16) + tl.minimum(tie_rank, ties)
-    tl.store(chunk_ids + at, chunk, mask=kept)
-    last = tl.max(tl.where(kept, chunk, -1))
-    return tl.sum(above.to(tl.int32)), tl.sum(tie.to(tl.int32)), last
-
-
-@triton.jit
-def rank_kernel(
-    keys,  # [B, C] int32
-    masses,  # [B, C] fp64 or None
-    seq_lens,  # [B] int32 or None
-    chunk_ids,  # [B, W] int32, out: kept chunks in order
-    num_kept,  # [B] int32, out: kept tokens
-    overflow,  # [B] bytes, out
-    capacity,
-    num_chunks,  # C
-    width,  # W
-    units_per_chunk,  # of a budget by ratio, see `_ratio_chunks`
-    rounding,
-    budget,  # chunks, of a budget by tokens
-    mass_bits,  # of a budget by mass: the fraction's 64 bits, as Triton would pass a float in 32
-    BY_RATIO: tl.constexpr,
-    BY_MASS: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    length = length_of(seq_lens, b, capacity)
-    own = (length + (CHUNK_SIZE - 1)) // CHUNK_SIZE
-    keys += b * num_chunks
-    chunk_ids += b * width
-    held = _keys_from(keys, 0, own, BLOCK) if HELD else 0
-    if BY_MASS:
-        masses += b * num_chunks
-        held_mass = _masses_from(masses, 0, own, BLOCK) if HELD else 0
-        fraction = tl.full((), mass_bits, tl.int64).to(tl.float64, bitcast=True)
-        needed = fraction * _mass(keys, masses, held, held_mass, own, tl.full((), 0, tl.uint32), BLOCK, HELD)
-        threshold = _search_mass(keys, masses, held, held_mass, own, needed, BLOCK, HELD)
-        over = _mass(keys, masses, held, held_mass, own, threshold + 1, BLOCK, HELD)
-        ties = _ties_for_mass(keys, masses, held, held_mass, own, threshold, over, needed, BLOCK, HELD)
-        tl.store(overflow + b, tl.full((), 0, tl.uint8))
-    else:
-        wanted = _ratio_chunks(own, units_per_chunk, rounding) if BY_RATIO else tl.full((), budget, tl.int32)
-        wanted = tl.minimum(tl.maximum(wanted, 1), own)
-        forced = _count(keys, held, own, tl.full((), _FORCED, tl.uint32), BLOCK, HELD)
-        tl.store(overflow + b, (forced > wanted).to(tl.uint8))
-        wanted = tl.maximum(wanted, forced)  # they have the largest keys, and all of them are kept
-        threshold = _search_count(keys, held, own, wanted, BLOCK, HELD)
-        above = _count(keys, held, own, threshold + 1, BLOCK, HELD)
-        ties = wanted - tl.where(threshold == _FORCED, 0, above)  # past the largest key, `+ 1` is the smallest
-    if HELD:
-        above, tied, last = _list_block(held, 0, chunk_ids, threshold, ties, 0, 0, BLOCK)
-    else:
-        above = tl.full((), 0, tl.int32)
-        tied = tl.full((), 0, tl.int32)
-        last = tl.full((), -1, tl.int32)
-        for start in range(0, own, BLOCK):
-            key = _keys_from(keys, start, own, BLOCK)
-            more, more_tied, last_here = _list_block(key, start, chunk_ids, threshold, ties, above, tied, BLOCK)
-            above += more
-            tied += more_tied
-            last = tl.maximum(last, last_here)
-    # Only the prompt's last chunk may be short.
-    kept = (above + tl.minimum(tied, ties)) * CHUNK_SIZE
-    tl.store(num_kept + b, tl.where(last == own - 1, kept - (own * CHUNK_SIZE - length), kept))
 
 
 @triton.jit
