@@ -106,12 +106,17 @@ class HeadSplit:
     part: int
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def split_head(head_dim: int, dot_bytes: int) -> HeadSplit:
     """80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64: powers of two of at least 16 dimensions, as dots want them."""
     if head_dim * dot_bytes > WHOLE_QUERY_BYTES[dot_bytes]:
         return HeadSplit(0, 0, PARTS[dot_bytes])
     first = max(1 << (head_dim.bit_length() - 1), 16)
-    rest = max(1 << (head_dim - first - 1).bit_length(), 16) if head_dim > first else 0
+    rest = max(power_of_2(head_dim - first), 16) if head_dim > first else 0
     return HeadSplit(first, rest, 0)
 
 

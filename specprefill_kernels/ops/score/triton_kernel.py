@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -141,8 +140,8 @@ def _alike(
 
 def row_tile(look_ahead: int, group: int) -> tuple[int, int]:
     """(look-ahead rows of a tile, rows of a GQA group in all, both padded to powers of two)."""
-    block_n = min(triton.next_power_of_2(look_ahead), MAX_BLOCK_N)
-    return block_n, block_n * triton.next_power_of_2(group)
+    block_n = min(triton_config.power_of_2(look_ahead), MAX_BLOCK_N)
+    return block_n, block_n * triton_config.power_of_2(group)
 
 
 def row_blocks(look_ahead: int, group: int, block_m: int) -> int:
