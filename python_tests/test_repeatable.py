@@ -13,8 +13,7 @@ from scoring import BF16, E4M3, FP16, FP32, Case, Problem, draw
 
 import specprefill_kernels as spk
 
-SEQ_LENS = (700, 133, 1, 64)
-BATCH = Case(seq_lens=SEQ_LENS, rows=(5, 2, 1, 5), look_ahead=5, heads=(6, 2), spare=3)
+BATCH = Case(seq_lens=(700, 133, 1, 64), rows=(5, 2, 1, 5), look_ahead=5, heads=(6, 2), spare=3)
 DTYPES = [(FP32, FP32), (FP16, FP16), (BF16, BF16), (BF16, E4M3), (FP32, BF16)]
 OPTIONS = [
     {},
@@ -39,14 +38,14 @@ def alone(problem: Problem, b: int) -> Problem:
     )
 
 
-def batch_case(backend, layout: str, dtypes, options: dict) -> Case:
-    case = BATCH.but(layout=layout, dtypes=dtypes, options=options, seq_lens=lengths(backend))
-    return case.but(rows=(5, 2, 1, 4)) if options.get("queries") == "observation_window" else case
-
-
-def lengths(backend) -> tuple[int, ...]:
+def batch_of(backend) -> Case:
     """A prompt of several tiles among short ones."""
-    return backend.sized(SEQ_LENS, (270, 133, 1, 64))
+    return backend.sized(BATCH, BATCH.but(seq_lens=(270, 9), rows=(5, 2), heads=(3, 1)))
+
+
+def batch_case(backend, layout: str, dtypes, options: dict) -> Case:
+    case = batch_of(backend).but(layout=layout, dtypes=dtypes, options=options)
+    return case.but(rows=(5, 2, 1, 4)) if len(case.rows) == 4 and "queries" in options else case
 
 
 @on_backends("score_layer")
@@ -56,7 +55,7 @@ def lengths(backend) -> tuple[int, ...]:
 def test_a_batch_equals_its_sequences_alone(backend, layout, dtypes, options):
     problem = draw(batch_case(backend, layout, dtypes, options))
     together = problem.run(backend)
-    for b, length in enumerate(lengths(backend)):
+    for b, length in enumerate(problem.case.seq_lens):
         same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
 
 
@@ -64,9 +63,9 @@ def test_a_batch_equals_its_sequences_alone(backend, layout, dtypes, options):
 @pytest.mark.parametrize("lse", [False, True], ids=["own lse", "given lse"])
 @pytest.mark.parametrize("one_row", [False, True], ids=["all rows", "one row"])
 def test_a_batch_equals_its_sequences_alone_with_lse_or_one_row(backend, lse, one_row):
-    problem = draw(BATCH.but(seq_lens=lengths(backend), lse=lse, one_row=one_row))
+    problem = draw(batch_of(backend).but(lse=lse, one_row=one_row))
     together = problem.run(backend)
-    for b, length in enumerate(lengths(backend)):
+    for b, length in enumerate(problem.case.seq_lens):
         same(together[b : b + 1, :, :length].contiguous(), alone(problem, b).run(backend), f"sequence {b}")
 
 
@@ -128,7 +127,7 @@ def test_the_tail_of_a_batch_equals_its_sequences_alone(backend):
 
 @on_backends("score_layer")
 def test_callers_in_many_threads_do_not_disturb_each_other(backend):
-    problems = [draw(BATCH.but(seq_lens=lengths(backend), seed=seed, dtypes=(BF16, BF16))) for seed in range(4)]
+    problems = [draw(batch_of(backend).but(seed=seed, dtypes=(BF16, BF16))) for seed in range(4)]
     single = [problem.run(backend) for problem in problems]
     # Triton's interpreter keeps the program's number in a global: there the callers take turns.
     with ThreadPoolExecutor(backend.sized(4, 1)) as pool:
