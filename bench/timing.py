@@ -1,0 +1,170 @@
+"""The first timing table: per op, shape and backend its time, GB/s, part of a copy's rate, ratio to the eager form.
+
+    python -m bench.timing                                        on a GPU: reference (the eager form) and triton
+    python -m bench.timing --device cpu --backends cpu --quick    the harness itself, tiny shapes
+
+No backend is timed whose result is wrong. Results: timing.json and timing.txt under --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import specprefill_kernels as spk
+from bench import measure
+from bench.problems import Problem, WrongResult, problems, verify
+
+EAGER = "reference"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Hardware, versions and commit: a figure without them cannot be compared with another."""
+    root = Path(__file__).parents[1]
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    found: dict[str, Any] = {
+        "commit": os.environ.get("SPECPREFILL_COMMIT") or git.stdout.strip() or "unknown",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "device": device,
+    }
+    found |= {name: _version(name) for name in ("specprefill-kernels", "triton")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
+        }
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def measured(problem: Problem, backends: Iterable[str], ticks: Any, budget: float, copy_rate: float) -> list[dict]:
+    """Rows of one problem, one for each backend: first all results are checked, then the good ones timed in turn."""
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    expected = problem.expected()
+    for backend in backends:
+        rows[backend] = row = {"op": problem.op, "shape": problem.shape, "backend": backend, "bytes": problem.traffic}
+        reason = spk.available_backends(problem.op).get(backend, "no such backend")
+        if reason is not None:
+            row["skipped"] = reason
+            continue
+        try:
+            verify(problem, backend, expected)
+        except Exception as error:
+            kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+            row["failed"] = kind + str(error)
+            continue
+        calls[backend] = lambda name=backend: problem.call(name)
+    timed = measure.in_turn(ticks, calls, budget) if calls else {}
+    for backend, times in timed.items():
+        rate = problem.traffic / times.p50
+        rows[backend] |= {"seconds": times.json(), "rate": rate, "of_copy": rate / copy_rate}
+        if EAGER in timed and backend != EAGER:
+            rows[backend]["faster_than_eager"] = timed[EAGER].p50 / times.p50
+    if ticks.graphs:
+        for backend in calls:
+            if backend != EAGER:  # the eager form waits for the device, so it cannot be captured
+                _time_graph(rows[backend], calls[backend], ticks, budget / 2)
+    return list(rows.values())
+
+
+def _time_graph(row: dict[str, Any], call: Callable[[], object], ticks: Any, budget: float) -> None:
+    try:
+        replay = measure.graph_of(call)
+        row["graph_seconds"] = measure.in_turn(ticks, {"graph": replay}, budget)["graph"].json()
+    except Exception as error:
+        row["failed"] = f"as a CUDA graph: {type(error).__name__}: {error}"
+
+
+def table(rows: list[dict], copy_rate: float) -> str:
+    """What fits a terminal: microseconds, without and with a graph, and how they compare."""
+    lines = [f"copy: {copy_rate / 1e9:.0f} GB/s, read and written bytes counted"]
+    lines.append(
+        f"{'op':20}{'shape':29}{'backend':11}{'us':>9}{'p20-p80':>16}{'graph':>9}{'GB/s':>7}{'copy':>6}{'eager':>8}"
+    )
+    for row in rows:
+        head = f"{row['op']:20}{row['shape']:29}{row['backend']:11}"
+        if "seconds" not in row:
+            lines.append(head + ("FAILED: " + row["failed"] if "failed" in row else "not here: " + row["skipped"]))
+            continue
+        micro = {name: 1e6 * row["seconds"][name] for name in ("p20", "p50", "p80")}
+        graph = f"{1e6 * row['graph_seconds']['p50']:.1f}" if "graph_seconds" in row else "-"
+        eager = f"{row['faster_than_eager']:.1f}x" if "faster_than_eager" in row else "-"
+        spread = f"{micro['p20']:.1f}-{micro['p80']:.1f}"
+        rate = f"{row['rate'] / 1e9:7.0f}{100 * row['of_copy']:5.0f}%"
+        lines.append(f"{head}{micro['p50']:9.1f}{spread:>16}{graph:>9}{rate}{eager:>8}")
+        if "failed" in row:
+            lines.append(f"  FAILED: {row['failed']}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--backends", default="", help="comma-separated; the eager form is always among them")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the harness, measures nothing")
+    parser.add_argument("--only", default="", help="only ops whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.4, help="budget of timing a row")
+    parser.add_argument("--limit", type=float, default=1e9, help="start no further row after so many seconds in all")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.timing: no GPU that torch can use (--device cpu --quick tries the harness)", file=sys.stderr)
+        return 2
+    default = "triton" if options.device == "cuda" else "cpu"
+    backends = list(dict.fromkeys([EAGER, *filter(None, (options.backends or default).split(","))]))
+    started = time.perf_counter()
+    ticks = measure.clock(options.device, options.quick)
+    copy_rate = measure.copy_rate(ticks, options.device, options.quick)
+    report: dict[str, Any] = {"environment": environment(options.device), "copy_bytes_per_second": copy_rate}
+    rows: list[dict] = report.setdefault("rows", [])
+    options.out.mkdir(parents=True, exist_ok=True)
+    makers = problems(options.device, options.quick, options.only)
+    for i, (op, make) in enumerate(makers):
+        if time.perf_counter() - started > options.limit:
+            report["cut"] = f"after {options.limit:.0f} s: {i} of {len(makers)} problems"
+            break
+        try:
+            new = measured(make(), backends, ticks, options.seconds, copy_rate)
+        except Exception as error:  # the others are worth having
+            new = [{"op": op, "shape": "", "backend": "", "failed": f"{type(error).__name__}: {error}"}]
+        rows += new
+        print("\n".join(table(new, copy_rate).splitlines()[2:]), flush=True)
+        # After every row: what has been measured is not lost when time runs out.
+        (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = table(rows, copy_rate) + (f"\ncut {report['cut']}" if "cut" in report else "")
+    (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "timing.txt").write_text(text + "\n")
+    print(f"\n{text}")
+    return 1 if "cut" in report or any("failed" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
