@@ -57,8 +57,9 @@ RANK_HELD = (
     RankConfig(block=8192, held=True, num_warps=16),
 )
 # Beyond, keys are read again every round, most of them out of the first-level cache: 1M tokens in chunks of 32 have
-# 128 KiB of them. 1024 threads would leave 64 registers each: a list of 16 keys a thread spills.
-RANK_TILED = RankConfig(block=4096, held=False, num_warps=16)
+# 128 KiB of them. One 16-byte load a thread is 16 KiB in flight, more than that cache's latency needs; with more keys a
+# thread the compiler spills.
+RANK_TILED = RankConfig(block=4096, held=False, num_warps=32)
 # A chunk with its mass takes 3 registers.
 MOST_HELD_WITH_MASS = 4096
 RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in (512, 8192, 32768))
