@@ -84,6 +84,30 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]]
 # The interpreter pays for each operation, not for each element: one tile holds all that tests have.
 _INTERPRETED = (Tile(128, 2, 4, 1), Tile(128, 2, 4, 1))
 
+# Second-level cache in MiB, by compute capability: of the A100 (40), GA102 (6), AD102 (72), H100 (50), B200 (126) and
+# GB202 (96); gfx942 has 256 MiB behind its own.
+_CACHE_MIB = {80: 40, 86: 6, 89: 72, 90: 50, 100: 126, 120: 96, 942: 256}
+# Layers that one launch takes: beyond 16, its arguments cost more than another launch. Fewer are padded to one of these
+# numbers, so that there are three kernels to compile, not sixteen.
+LAYER_SLOTS = (1, 4, 16)
+
+
+def layers_per_launch(target: Target, key_bytes: int, passes: int) -> int:
+    """Layers that go into one launch of each pass, so that the second pass finds the first one's keys in the cache.
+
+    Half of it: the rest is for the other data under way. A layer that is larger by itself is a launch by itself: its end
+    still is in the cache, as the second pass goes backwards, and it takes long enough to hide the next one's launch.
+
+    Args:
+        key_bytes: of one layer.
+        passes: over the keys; with one of them, as many layers as a launch takes.
+    """
+    if passes == 1 or target.interpreted:
+        return LAYER_SLOTS[-1]
+    room = _CACHE_MIB.get(target.arch, 32) * 2**20 // 2
+    return max(size for size in LAYER_SLOTS if size == 1 or size * key_bytes <= room)
+
+
 # Stretches of keys whose sums `join_sums` reads at once: 32 x 64 rows are 16 registers a thread at 4 warps.
 JOINED_AT_ONCE = 32
 

@@ -25,9 +25,6 @@ from specprefill_kernels.ops.score.triton_config import ScoreConfig
 unavailable = _triton.unavailable
 DEVICE_TYPE = _triton.DEVICE_TYPE
 
-# Pointers that one launch takes; 32 layers are 2 launches of each pass. Fewer layers are padded to one of these sizes,
-# so that there are three kernels to compile, not sixteen.
-LAYER_SLOTS = (1, 4, 16)
 # Look-ahead rows of a tile: the paper's 8 and those of a longer observation window.
 MAX_BLOCK_N = 16
 # Triton compiles another kernel for pointers that are not aligned to this many bytes.
@@ -80,8 +77,9 @@ def score_layers_(
     if _triton.checks_values():
         rows = _check_values(state, queries[0].shape[1], keys, sequences, options)
     for layer, members in _alike(queries, keys, windows, lse, key_scales, options):
-        for first in range(0, len(members), LAYER_SLOTS[-1]):
-            some = members[first : first + LAYER_SLOTS[-1]]
+        at_once = _layers_per_launch(layer, state)
+        for first in range(0, len(members), at_once):
+            some = members[first : first + at_once]
             chosen = [[tensors[i] for i in some] if tensors else [] for tensors in (queries, keys, lse, key_scales)]
             _Group(layer, state, sequences, options, *chosen).score(workspace)
     if _triton.checks_values():
@@ -90,6 +88,12 @@ def score_layers_(
             if not bool(torch.isfinite(state[b, :n, :length]).all()):
                 cause = "lse, query or key" if lse else "query or key"
                 _checks.fail(f"{cause} of sequence {b}", "finite attention weights", "NaN or Inf")
+
+
+def _layers_per_launch(layer: _Layer, state: Tensor) -> int:
+    _, kv_heads, head_dim = layer.heads
+    key_bytes = state.shape[0] * state.shape[2] * kv_heads * head_dim * layer.key_dtype.itemsize
+    return triton_config.layers_per_launch(_triton.target_of(state), key_bytes, 2 if layer.lse_strides is None else 1)
 
 
 def _check_values(
@@ -164,7 +168,7 @@ def score_workspace_size(
     del head_dim, pool_kernel_size
     target = _triton.default_target()
     group = -(-num_q_heads // num_kv_heads)
-    layers = min(layers, LAYER_SLOTS[-1])
+    layers = min(layers, triton_config.LAYER_SLOTS[-1])
     most = 0
     for config in triton_config.configs(target):
         tile = config.normalize
@@ -190,7 +194,7 @@ class _Group:
     ) -> None:
         self.layer, self.state, self.sequences, self.options = layer, state, sequences, options
         self.layers = len(queries)
-        slots = next(size for size in LAYER_SLOTS if size >= self.layers)
+        slots = next(size for size in triton_config.LAYER_SLOTS if size >= self.layers)
         pad = slots - self.layers
         raw = [key.view(torch.uint8) if key.dtype in _FP8_FORMATS else key for key in keys]
         self.queries, self.keys = (tuple(tensors + tensors[-1:] * pad) for tensors in (queries, raw))

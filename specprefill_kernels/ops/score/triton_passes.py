@@ -5,9 +5,10 @@
 3. `pool_max`: weights exp(logit - lse), pooled over positions, maximum over the group's heads, atomic maximum into
    `state`. A maximum knows no order, so the result is the same bit for bit from run to run.
 
-Bytes that must move, for each layer, KV head and prompt token: the key, D * size, once with `lse` and twice without; in
-pass 3 the halo of pool_kernel_size - 1 keys a tile is read twice, from L2; N * 4 bytes of `state` take atomic
-operations in L2. Partial sums are 8 bytes for each row and stretch of 512 keys or more.
+Bytes that must move, for each layer, KV head and prompt token: the key, D * size, once with `lse` and twice without,
+the second time from L2 as far as it holds a launch's keys (see `triton_config.layers_per_launch`). In pass 3 the halo of
+pool_kernel_size - 1 keys a tile is read twice, from L2; N * 4 bytes of `state` take atomic operations in L2. Partial
+sums are 8 bytes for each row and stretch of 512 keys or more.
 Operations for each key and row: 2 D for each pass; 4 * block_t for pooling, which is a product with a band of ones on
 tensor cores, the weights as the sum of two bf16 (relative error 2^-17).
 """
@@ -157,10 +158,12 @@ def pool_max(
 ):  # fmt: skip
     """state [B, N or 1, T]: each program writes TILES tiles of `out_tokens` positions, for one layer and KV head.
 
+    Programs take the keys from the last to the first: the last are those that `partial_sums` has just read.
+
     `half` positions on each side are pooled with a position, and `width` is what their sum is divided by. POOL: "none",
     "tile" (the positions that a tile pools are one tile of keys: out_tokens + 2 * half <= BLOCK_T) or "wide".
     """
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     stretch, b, unit = pid % programs, pid // programs % batch, pid // programs // batch
     block, head, layer = unit % row_blocks, unit // row_blocks % kv_heads, unit // row_blocks // kv_heads
     start, length, rows, _ = bounds(b, seq_lens, cu_seqlens, num_look_ahead, capacity, room, look_ahead, EXTRA_KEYS)
