@@ -42,14 +42,13 @@ def test_bad_contents_write_nothing_outside(backend, bad):
         guards += [guard for _, guard in pairs]
     inputs = [t for name, value in arguments.items() if name not in ("state", "out") for t in tensors_in(value)]
     before = [tensor.clone() for tensor in inputs]
-    results = call.function(**arguments, backend=backend.name)
+    call.function(**arguments, backend=backend.name)
     torch.cuda.synchronize()
     assert all(guard() for guard in guards)
     for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor.cpu().nan_to_num(7.5), copy.cpu().nan_to_num(7.5)), "an input changed"
-    if bad.fault.startswith("nan"):  # a NaN planted in a query or key
+    if bad.call == "score" and bad.fault.startswith("nan"):  # planted in a query or key
         assert arguments["state"].isnan().any(), "NaN was lost"
-    del results
 
 
 @on_gpu_backends("score_layer")

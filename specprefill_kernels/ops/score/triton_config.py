@@ -95,8 +95,8 @@ LAYER_SLOTS = (1, 4, 16)
 def layers_per_launch(target: Target, key_bytes: int, passes: int) -> int:
     """Layers that go into one launch of each pass, so that the second pass finds the first one's keys in the cache.
 
-    Half of it: the rest is for the other data under way. A layer that is larger by itself is a launch by itself: its end
-    still is in the cache, as the second pass goes backwards, and it takes long enough to hide the next one's launch.
+    Half of it: the rest is for the other data under way. A layer that is larger is a launch by itself: its end still is
+    in the cache, as the second pass goes backwards, and it takes long enough to hide the next one's launch.
 
     Args:
         key_bytes: of one layer.

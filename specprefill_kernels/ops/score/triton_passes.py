@@ -6,8 +6,8 @@
    `state`. A maximum knows no order, so the result is the same bit for bit from run to run.
 
 Bytes that must move, for each layer, KV head and prompt token: the key, D * size, once with `lse` and twice without,
-the second time from L2 as far as it holds a launch's keys (see `triton_config.layers_per_launch`). In pass 3 the halo of
-pool_kernel_size - 1 keys a tile is read twice, from L2; N * 4 bytes of `state` take atomic operations in L2. Partial
+the second time from L2 as far as it holds a launch's keys (see `triton_config.layers_per_launch`). In pass 3 the halo
+of pool_kernel_size - 1 keys a tile is read twice, from L2; N * 4 bytes of `state` take atomic operations in L2. Partial
 sums are 8 bytes for each row and stretch of 512 keys or more.
 Operations for each key and row: 2 D for each pass; 4 * block_t for pooling, which is a product with a band of ones on
 tensor cores, the weights as the sum of two bf16 (relative error 2^-17).
