@@ -57,9 +57,9 @@ RANK_HELD = (
     RankConfig(block=8192, held=True, num_warps=16),
 )
 # Beyond, keys are read again every round, most of them out of the first-level cache: 1M tokens in chunks of 32 have
-# 128 KiB of them. One 16-byte load a thread is 16 KiB in flight, more than that cache's latency needs; with more keys a
-# thread the compiler spills.
-RANK_TILED = RankConfig(block=4096, held=False, num_warps=32)
+# 128 KiB of them. Two 16-byte loads a thread are 8 KiB in flight, about what that cache's latency needs. 32 warps would
+# leave 64 registers a thread: chunks with masses then spill on every architecture, 8 to 72 bytes.
+RANK_TILED = RankConfig(block=2048, held=False, num_warps=8)
 # A chunk with its mass takes 3 registers.
 MOST_HELD_WITH_MASS = 4096
 RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in (512, 8192, 32768))
