@@ -43,7 +43,7 @@ def gather_kv(
     all_positions = kept_positions(indices, num_kept, room)
     if block_table is not None:
         for b, positions in enumerate(all_positions):
-            _check_source_blocks(block_table, b, positions // caches[0].shape[tokens], caches[0].shape[0])
+            check_source_blocks(block_table, b, positions // caches[0].shape[tokens], caches[0].shape[0])
     if out_block_table is not None:
         written = [len(positions) for positions in all_positions]
         _checks.block_table_values(
@@ -97,7 +97,7 @@ def kv_rooms(
     return [0] * batch, [room] * batch
 
 
-def _check_source_blocks(block_table: Tensor, b: int, blocks: Tensor, num_blocks: int) -> None:
+def check_source_blocks(block_table: Tensor, b: int, blocks: Tensor, num_blocks: int) -> None:
     """Only the blocks of kept tokens are read, so only those entries must be ids."""
     ids = block_table[b][blocks]
     wrong = ((ids < 0) | (ids >= num_blocks)).nonzero()

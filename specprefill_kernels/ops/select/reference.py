@@ -17,7 +17,7 @@ def select_chunks(
         for b, length in enumerate(lengths):
             _checks.finite_values("importance", importance[b, :length], b)
         if budget.keep_mass is not None:
-            _non_negative(importance, lengths)
+            check_non_negative(importance, lengths)
     width = budget.width(capacity, protect is not None)
     indices = torch.full((batch, width), -1, dtype=torch.int32, device=device)
     num_kept = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -68,7 +68,7 @@ def _per_chunk(x: Tensor, chunk_size: int) -> Tensor:
     return torch.cat([x, x.new_zeros(padding)]).view(-1, chunk_size)
 
 
-def _non_negative(importance: Tensor, lengths: list[int]) -> None:
+def check_non_negative(importance: Tensor, lengths: list[int]) -> None:
     for b, length in enumerate(lengths):
         low = float(importance[b, :length].min())
         if low < 0:

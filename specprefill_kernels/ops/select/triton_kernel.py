@@ -21,7 +21,7 @@ from torch import Tensor
 from specprefill_kernels import _checks, _triton
 from specprefill_kernels.ops.finalize.triton_kernel import importance_of, length_of, reduction, window
 from specprefill_kernels.ops.select.budget import MASS_SLACK, RATIO_SLACK, RATIO_UNITS, Budget
-from specprefill_kernels.ops.select.reference import _non_negative
+from specprefill_kernels.ops.select.reference import check_non_negative
 from specprefill_kernels.ops.select.triton_config import choose_expand, choose_keys, choose_rank
 from specprefill_kernels.ops.select.triton_rank import ABSENT, FORCED, NAN, rank_kernel
 
@@ -314,4 +314,4 @@ def check_importance_values(importance: Tensor, seq_lens: Tensor | None, budget:
     for b, length in enumerate(lengths):
         _checks.finite_values("importance", importance[b, :length], b)
     if budget.keep_mass is not None:
-        _non_negative(importance, lengths)
+        check_non_negative(importance, lengths)
