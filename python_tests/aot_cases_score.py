@@ -12,7 +12,7 @@ from torch import Tensor
 from specprefill_kernels.ops.score import triton_kernel
 from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, head_axis, token_axis
 
-TOKENS, BLOCK_SIZE = 131072, 16
+BLOCK_SIZE = 16
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "layout": ("bhtd", "bthd", "packed", "paged_nhd", "paged_hnd"),
@@ -25,6 +25,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "rows": ((8, 8, 8), (1, 32, 8), (8, 32, 8), (5, 9, 3), (8, 28, 4), (8, 32, 4), (32, 32, 2), (64, 32, 8)),
     "batch": (1, 4, 16),
     "layers": (1, 3, 16, 20),
+    "tokens": (1024, 131072),  # small ones share a launch
     "strides": ("plain", "far", "stepped", "unaligned"),
     "seq_lens": (False, True),
     "num_look_ahead": (False, True),
@@ -51,7 +52,7 @@ def call(options: Options) -> None:
     batch, layers = options["batch"], options["layers"]
     offset = 1 if options["strides"] == "unaligned" else 0
     query = tensor((batch, look_ahead, q_heads, options["head_dim"]), options["dtypes"][0], offset=offset)
-    state = tensor((batch, 1 if options["one_row"] else look_ahead, TOKENS), FP32)
+    state = tensor((batch, 1 if options["one_row"] else look_ahead, options["tokens"]), FP32)
     scale = {"none": [], "one": [torch.ones(())], "per_head": [torch.ones(kv_heads)]}[options["key_scale"]]
     size, edge, order = options["pool"]
     queries, normalize_over = options["mode"]
@@ -77,14 +78,14 @@ def call(options: Options) -> None:
 
 
 def _key(options: Options, offset: int) -> Tensor:
-    layout, batch = options["layout"], options["batch"]
+    layout, batch, tokens = options["layout"], options["batch"], options["tokens"]
     paged = layout.startswith("paged")
     shape = [0] * (3 if layout == "packed" else 4)
     if layout != "packed":
-        shape[0] = batch * (TOKENS // BLOCK_SIZE + 8) if paged else batch
+        shape[0] = batch * (tokens // BLOCK_SIZE + 8) if paged else batch
     shape[-1] = options["head_dim"]
     shape[head_axis(layout)] = options["rows"][2]
-    shape[token_axis(layout)] = BLOCK_SIZE if paged else TOKENS + 64
+    shape[token_axis(layout)] = BLOCK_SIZE if paged else tokens + 64
     strides = contiguous(tuple(shape))
     if options["strides"] == "stepped":
         strides = tuple(2 * stride for stride in strides)
@@ -95,15 +96,15 @@ def _key(options: Options, offset: int) -> Tensor:
 
 
 def _sequences(options: Options) -> Sequences:
-    batch, layout = options["batch"], options["layout"]
+    batch, layout, tokens = options["batch"], options["layout"], options["tokens"]
     packed, paged = layout == "packed", layout.startswith("paged")
 
     def numbers(value: int, *shape: int) -> Tensor:
         return torch.full(shape, value, dtype=torch.int32)
 
     return Sequences(
-        seq_lens=numbers(TOKENS, batch) if options["seq_lens"] or paged else None,
+        seq_lens=numbers(tokens, batch) if options["seq_lens"] or paged else None,
         cu_seqlens=numbers(0, batch + 1) if packed else None,
-        block_table=numbers(0, batch, TOKENS // BLOCK_SIZE + 8) if paged else None,
+        block_table=numbers(0, batch, tokens // BLOCK_SIZE + 8) if paged else None,
         num_look_ahead=numbers(options["rows"][0], batch) if options["num_look_ahead"] else None,
     )

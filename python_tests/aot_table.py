@@ -13,7 +13,7 @@ def problems(job: Job, result: Result, needs_tensor_cores: bool) -> list[str]:
     found = []
     if result.error:
         found.append(result.error)
-    elif result.stack or result.spilled:
+    elif (result.stack or result.spilled) and job.arch.gpu.backend != "hip":  # AMD is compiled and shown, no more
         found.append(f"spills registers: {result.stack} bytes a thread, {result.spilled} instructions")
     if result.shared > job.arch.shared_limit:
         found.append(f"shared memory {result.shared} bytes, {job.arch.name} has {job.arch.shared_limit}")
