@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 
 import pytest
 import torch
@@ -25,9 +24,6 @@ else:
     settings.load_profile("specprefill")
 
 
-GPU_FAULTS = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
-
-
 def no_gpu() -> str | None:
     """Why tests that need a GPU cannot run here, or None."""
     if INTERPRETED:
@@ -35,39 +31,19 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU that torch can use"
 
 
-def pytest_addoption(parser):
-    parser.addoption("--shard", help="i/n: run the i-th of n parts, so that processes can share the tests")
-    parser.addoption("--after", help="run what follows this test (node id)")
-
-
 def pytest_collection_modifyitems(config, items):
-    """Without a GPU one skip stands for all parameters of a test; with --shard only that part of the tests is kept."""
-    index, count = map(int, (config.getoption("--shard") or "1/1").split("/"))
-    after, gpu = config.getoption("--after"), no_gpu() is None
-    seen: dict[str, int] = {}
-    kept, dropped = [], []
+    """Without a GPU one skip stands for all parameters of a test."""
+    if no_gpu() is None:
+        return
+    kept, dropped, seen = [], [], set()
     for item in items:
         function = item.nodeid.split("[")[0]
-        seen[function] = seen.get(function, -1) + 1
-        # A function's parameters share most of their compiled kernels, so they stay together, in runs of at most 24.
-        run = zlib.crc32(f"{function} {seen[function] // 24}".encode())
-        again = seen[function] > 0 and not gpu and item.get_closest_marker("gpu") is not None
-        (dropped if again or run % count != index - 1 else kept).append(item)
-    names = [item.nodeid for item in kept]
-    if after in names:
-        dropped += kept[: names.index(after) + 1]
-        kept = kept[names.index(after) + 1 :]
+        again = function in seen and item.get_closest_marker("gpu") is not None
+        (dropped if again else kept).append(item)
+        seen.add(function)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    """After a fault on the GPU every later call fails: stop, and let whoever started the run go on in a new process."""
-    report = (yield).get_result()
-    if report.failed and any(fault in str(report.longrepr) for fault in GPU_FAULTS):
-        item.session.shouldstop = f"the GPU is lost to this process after {item.nodeid}"
+        items[:] = kept
 
 
 def pytest_runtest_setup(item):

@@ -1,0 +1,209 @@
+"""Everything a GPU machine can tell, in parts with time limits of their own, within nine minutes: see gpu_check.sh.
+
+Needs nothing but what stands there: torch, Triton, pytest; CMake, Ninja, pybind11 and a compiler for the CPU kernels;
+compute-sanitizer where it is. This file itself imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTHON = shlex.quote(sys.executable)
+MODULES = ("torch", "triton", "pytest", "numpy")
+GPU = "a GPU that torch can use"
+# One question to one process: a broken torch must not take this one along.
+PROBE = f"""
+import importlib, sys
+missing = []
+for name in {MODULES!r}:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        missing.append(f"{{name}} ({{error}})")
+if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
+    missing.append({GPU!r})
+print("; ".join(missing))
+"""
+BUILD = (
+    f"{PYTHON} -m pip install -e . --no-build-isolation --no-deps -q --disable-pip-version-check"
+    f" || {PYTHON} setup.py -q build_ext --inplace"
+)
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command and the seconds it may take; `beside` starts it together with the part before it."""
+
+    name: str
+    command: str
+    seconds: float
+    beside: bool = False
+
+
+@dataclass
+class Outcome:
+    name: str
+    verdict: str  # passed, failed, "out of time"
+    seconds: float
+    log: str
+
+
+def the_parts(out: Path) -> list[Part]:
+    """Their limits add to 517 s: what runs beside another part has that one's time."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    where = shlex.quote(str(out))
+    found = [
+        Part("build", BUILD, 80),
+        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 200 --out {where}", 222),
+    ]
+    if sanitizer:
+        for i, tool in enumerate(SANITIZER_TOOLS):
+            # API errors are left out: torch asks the driver for things that it may not have.
+            how = f"--tool {tool} --error-exitcode 9 --report-api-errors no --target-processes application-only"
+            command = f"{sanitizer} {how} {PYTHON} -m bench.sanitize"
+            found.append(Part(f"sanitizer {tool}", command, 75, beside=i > 0))
+    found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 115 --out {where}", 140))
+    return found
+
+
+def missing() -> str:
+    """What stands in the way, in one line; empty where nothing does."""
+    asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=False)
+    if asked.returncode:
+        return f"a Python that can be asked ({asked.stderr.strip().splitlines()[-1:]})"
+    return asked.stdout.strip()
+
+
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """The tree itself is imported, whether or not the build installs it; nothing is fetched."""
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(parts: list[Part], out: Path) -> list[Outcome]:
+    """One part after the other, those `beside` together; a failed one stops none. Each one's output is in a log."""
+    outcomes = []
+    while parts:
+        count = 1 + next((i for i, part in enumerate(parts[1:]) if not part.beside), len(parts) - 1)
+        together, parts = parts[:count], parts[count:]
+        outcomes += _run_together(together, out)
+    return outcomes
+
+
+def _run_together(parts: list[Part], out: Path) -> list[Outcome]:
+    started, extra = time.monotonic(), environment()
+    for part in parts:
+        print(f"\n== {part.name}: at most {part.seconds:.0f} s", flush=True)
+    logs = [out / f"{part.name.replace(' ', '_')}.log" for part in parts]
+    running = []
+    for part, log in zip(parts, logs):
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                ["bash", "-c", part.command],
+                cwd=ROOT,
+                env=extra,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        running.append(process)
+    shown = [0] * len(parts)
+    outcomes: dict[int, Outcome] = {}
+    while len(outcomes) < len(parts):
+        time.sleep(0.1)
+        passed = time.monotonic() - started
+        for i, (part, process) in enumerate(zip(parts, running)):
+            if i in outcomes:
+                continue
+            status = process.poll()
+            if status is None and passed > part.seconds:
+                _end(process)
+                outcomes[i] = Outcome(part.name, "out of time", passed, str(logs[i]))
+            elif status is not None:
+                verdict = "passed" if status == 0 else f"failed ({status})"
+                outcomes[i] = Outcome(part.name, verdict, passed, str(logs[i]))
+                _end(process)  # processes that it left behind
+            if len(parts) == 1:  # several at once would be a muddle: their logs have it
+                shown[i] = _show(logs[i], shown[i])
+    for i in outcomes:
+        if len(parts) == 1:
+            _show(logs[i], shown[i])
+        elif outcomes[i].verdict != "passed":
+            print("\n".join(logs[i].read_text(errors="replace").splitlines()[-12:]))
+    return [outcomes[i] for i in range(len(parts))]
+
+
+def _show(log: Path, start: int) -> int:
+    """Print what has come since; where the next call goes on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return start + len(text)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The part and all that it started: asked, if it still runs, then killed."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(4)
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(4)
+
+
+def table(outcomes: list[Outcome], out: Path) -> str:
+    """What is printed last: the timing table, the tests' counts, and each part's verdict."""
+    blocks = [file.read_text().strip() for name in ("timing.txt", "tests.txt") if (file := out / name).exists()]
+    verdicts = [f"{outcome.name:22}{outcome.verdict:14}{outcome.seconds:6.0f} s" for outcome in outcomes]
+    return "\n\n".join([*blocks, "\n".join(verdicts)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench/results"))
+    parser.add_argument("--only", default="", help="comma-separated beginnings of the names of parts to run")
+    parser.add_argument(
+        "--parts", type=Path, help="JSON list of parts to run instead, on any machine: tries this script"
+    )
+    options = parser.parse_args(argv)
+    started, out = time.monotonic(), options.out.resolve()
+    if options.parts is None:
+        lacking = missing()
+        if lacking:
+            print(f"gpu_check: missing here: {lacking}", file=sys.stderr)
+            return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("timing.txt", "timing.json", "tests.txt", "tests.json", "check.json"):
+        (out / name).unlink(missing_ok=True)  # an earlier run's results are no results of this one
+    parts = [Part(**part) for part in json.loads(options.parts.read_text())] if options.parts else the_parts(out)
+    wanted = tuple(filter(None, options.only.split(",")))
+    if wanted:
+        parts = [part for part in parts if part.name.startswith(wanted)]
+    outcomes = run(parts, out)
+    report = {"seconds": round(time.monotonic() - started, 1), "parts": [asdict(outcome) for outcome in outcomes]}
+    (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = table(outcomes, out)
+    (out / "check.txt").write_text(text + "\n")
+    print(f"\n{text}\n{'all':22}{'':14}{report['seconds']:6.0f} s, results in {out}")
+    return 0 if outcomes and all(outcome.verdict == "passed" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

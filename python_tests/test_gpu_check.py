@@ -1,0 +1,158 @@
+"""bench/gpu_check.sh without a GPU: what it says is missing, its parts, limits and results with stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+# The test processes that gpu_tests.py starts find their tests by these markers; here any will do.
+TESTS = """
+import pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(6))
+def test_good(i): pass
+@pytest.mark.gpu
+def test_bad(): assert 1 == 2, "planted"
+"""
+
+
+def check(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "bench/gpu_check.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "OUT": str(out), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def parts_file(folder: Path, *parts: tuple[str, str, float, bool]) -> str:
+    names = ("name", "command", "seconds", "beside")
+    file = folder / "parts.json"
+    file.write_text(json.dumps([dict(zip(names, part, strict=True)) for part in parts]))
+    return str(file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is missing here")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    result = check(tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["gpu_check: missing here: a GPU that torch can use"] or (
+        len(result.stderr.splitlines()) == 1 and result.stderr.startswith("gpu_check: missing here: triton")
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_that_is_not_there(tmp_path):
+    result = check(tmp_path, PYTHON="/nowhere/python")
+    assert (result.returncode, result.stderr) == (2, "gpu_check: missing here: /nowhere/python\n")
+
+
+def test_one_failure_or_late_part_loses_none_of_the_others(tmp_path):
+    parts = parts_file(
+        tmp_path,
+        ("first", "echo said by the first; exit 3", 20, False),
+        ("late", "echo before; sleep 60 & sleep 60", 1, False),
+        ("one", "sleep 0.5; touch $OUT/one", 20, False),
+        ("two", "sleep 0.5; touch $OUT/two; exit 1", 20, True),
+        ("timing", "echo the table >$OUT/timing.txt", 20, False),
+    )
+    started = time.monotonic()
+    result = check(tmp_path, "--parts", parts)
+    assert time.monotonic() - started < 20, "waited for what a part had left behind"
+    assert result.returncode == 1, result.stderr
+    report = json.loads((tmp_path / "check.json").read_text())
+    verdicts = {part["name"]: part["verdict"] for part in report["parts"]}
+    assert verdicts == {
+        "first": "failed (3)",
+        "late": "out of time",
+        "one": "passed",
+        "two": "failed (1)",
+        "timing": "passed",
+    }
+    assert (tmp_path / "one").exists()
+    assert (tmp_path / "two").exists()
+    assert "said by the first" in result.stdout
+    last = result.stdout[result.stdout.rindex("the table") :].splitlines()
+    assert [line.split("  ")[0] for line in last[2:]] == [*verdicts, "all"]
+    assert (tmp_path / "first.log").read_text() == "said by the first\n"
+
+
+def test_all_parts_pass(tmp_path):
+    parts = parts_file(tmp_path, ("build", "true", 5, False), ("gpu tests", "false", 5, False))
+    assert check(tmp_path, "--parts", parts, "--only", "build").returncode == 0
+    assert check(tmp_path, "--parts", parts).returncode == 1
+    assert check(tmp_path, "--parts", parts, "--only", "nothing").returncode == 1, "nothing was checked"
+
+
+def test_the_limits_add_to_less_than_nine_minutes():
+    code = "from pathlib import Path; from bench.gpu_check import the_parts\n"
+    code += "print(sum(part.seconds for part in the_parts(Path('out')) if not part.beside))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 530
+
+
+def test_parts_of_the_tests_are_all_of_them(tmp_path):
+    """Three processes' parts: each test in exactly one; a failure is told, with its reason."""
+    (tmp_path / "test_planted.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: here it means nothing\n")
+    seen: list[str] = []
+    for i in range(1, 4):
+        lines = tmp_path / f"{i}.jsonl"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_parts", "-p", "no:cacheprovider"]
+        subprocess.run(
+            [*command, "--part", f"{i}/3", "--lines", str(lines), "test_planted.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+        told = [json.loads(line) for line in lines.read_text().splitlines()]
+        assert told[0] == {"selected": len(told) - 1}
+        seen += [line["test"] for line in told[1:]]
+        bad = [line for line in told[1:] if line["outcome"] == "failed"]
+        assert all(line["test"] == "test_planted.py::test_bad" and "planted" in line["why"] for line in bad)
+    assert sorted(seen) == sorted(
+        ["test_planted.py::test_bad", *(f"test_planted.py::test_good[{i}]" for i in range(6))]
+    )
+
+
+def test_a_run_goes_on_behind_the_test_that_lost_the_gpu(tmp_path):
+    (tmp_path / "test_planted.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(4))\n"
+        "def test_one(i):\n    assert i != 1, 'CUDA error: an illegal memory access was encountered'\n"
+    )
+    lines = tmp_path / "lines"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_parts", "-p", "no:cacheprovider"]
+    for after in ((), ("--after", "test_planted.py::test_one[1]")):
+        subprocess.run(
+            [*command, "--lines", str(lines), *after, "test_planted.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["outcome"] for line in told if "test" in line] == ["passed", "failed", "passed", "passed"]
+    assert [line.get("lost", False) for line in told if "test" in line] == [False, True, False, False]
+
+
+def test_the_summary_of_the_gpu_tests():
+    code = """
+from bench.gpu_tests import Part, summary
+lines = [{"selected": 3}, {"test": "a", "outcome": "passed", "seconds": 1.0},
+         {"test": "b", "outcome": "failed", "seconds": 2.0, "why": "x\\nE   AssertionError: planted"}]
+report, text = summary([Part("one", [], lines=lines), Part("two", [])], False)
+assert report["not_run"] == 1 and report["processes_without_a_word"] == ["two"], report
+assert "FAILED b" in text and "planted" in text and "1 passed, 1 failed, 0 skipped of 3; not run: 1" in text, text
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
