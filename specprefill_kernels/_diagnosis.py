@@ -1,4 +1,4 @@
-"""What `show_config` and `specprefill show-config` print: versions, build, processor, models, op x backend.
+"""What `show_config` and `specprefill show-config` print: versions, build, processor, models, op x backend, `auto`.
 
 Each line is asked for by itself, so a broken part costs its own line only; even torch may be missing.
 """
@@ -29,9 +29,12 @@ def config_rows() -> list[tuple[str, str]]:
         ("gpu", _guarded(_gpu)),
         ("build", _guarded(_build)),
         ("compiled kernels", _guarded(_compiled)),
+        ("triton kernels", _guarded(_triton)),
         ("model cache", _guarded(_cache)),
         *_models(),
         *_ops(),
+        ("auto on cpu tensors", _guarded(lambda: _automatic("cpu"))),
+        ("auto on cuda tensors", _guarded(lambda: _automatic("cuda"))),
     ]
     return rows
 
@@ -106,6 +109,49 @@ def _compiled() -> str:
     if bound not in known:
         note = f" (SPECPREFILL_INSTRUCTION_SET={bound} bounds nothing: expected one of {', '.join(known[1:])})"
     return f"yes, {_native.module().instruction_set()}{note}"
+
+
+def _triton() -> str:
+    """Where Triton's kernels run: its version has a line of its own."""
+    try:
+        metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "no: triton is not installed"
+    import torch
+
+    from specprefill_kernels import _triton as launcher
+
+    if launcher.INTERPRETED:
+        return "in Triton's interpreter, on CPU tensors, slowly (TRITON_INTERPRET is set)"
+    reason = launcher.unavailable()
+    if reason:
+        return f"no: {reason}"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        target = launcher._device_target(index)
+        arch = f"sm_{target.arch}" if target.vendor == "cuda" else torch.cuda.get_device_properties(index).gcnArchName
+        devices.append(f"{torch.cuda.get_device_name(index)} ({arch}, {target.processors} processors)")
+    return f"on {', '.join(devices)}"
+
+
+def _automatic(device: str) -> str:
+    """What backend="auto" takes for tensors of a device, and why it passes others over."""
+    from specprefill_kernels import _backends
+
+    ops_of: dict[str, list[str]] = {}
+    for op in _backends.ROOMS:
+        reasons = _backends.available_backends(op)
+        passed, chosen = [], "nothing"
+        for backend in _backends.PREFERENCE[device]:
+            if reasons[backend] is None:
+                chosen = backend
+                break
+            passed.append(f"{backend}: {reasons[backend]}")
+        why = f" ({'; '.join(passed)})" if passed else ""
+        ops_of.setdefault(chosen + why, []).append(op)
+    if len(ops_of) == 1:
+        return f"all ops: {next(iter(ops_of))}"
+    return "; ".join(f"{', '.join(ops)}: {choice}" for choice, ops in ops_of.items())
 
 
 def _cache() -> str:
