@@ -57,9 +57,10 @@ RANK_HELD = (
     RankConfig(block=8192, held=True, num_warps=16),
 )
 # Beyond, keys are read again every round, most of them out of the first-level cache: 1M tokens in chunks of 32 have
-# 128 KiB of them. Two 16-byte loads a thread are 8 KiB in flight, about what that cache's latency needs. 32 warps would
-# leave 64 registers a thread: chunks with masses then spill on every architecture, 8 to 72 bytes.
-RANK_TILED = RankConfig(block=2048, held=False, num_warps=8)
+# 128 KiB of them. 16 keys a thread, as above, or 8 with their masses: of the sizes from 1024 to 8192 and 4 to 32 warps,
+# these two spill on no architecture.
+RANK_TILED = RankConfig(block=4096, held=False, num_warps=8)
+RANK_TILED_MASS = RankConfig(block=2048, held=False, num_warps=8)
 # A chunk with its mass takes 3 registers.
 MOST_HELD_WITH_MASS = 4096
 RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in (512, 8192, 32768))
@@ -68,7 +69,7 @@ RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in 
 EXPAND = ExpandConfig(block=1024, num_warps=8)
 EXPAND_INTERPRETER = ExpandConfig(block=32768, num_warps=1)
 
-CONFIGS = (KEYS, *RANK_HELD, RANK_TILED, EXPAND)
+CONFIGS = (KEYS, *RANK_HELD, RANK_TILED, RANK_TILED_MASS, EXPAND)
 
 
 def choose_keys(target: Target) -> KeysConfig:
@@ -84,7 +85,7 @@ def choose_rank(target: Target, num_chunks: int, by_mass: bool) -> RankConfig:
     for config in RANK_INTERPRETER if target.interpreted else RANK_HELD:
         if num_chunks <= config.block and not (by_mass and config.block > MOST_HELD_WITH_MASS):
             return config
-    return RANK_TILED
+    return RANK_TILED_MASS if by_mass else RANK_TILED
 
 
 def choose_expand(target: Target) -> ExpandConfig:
