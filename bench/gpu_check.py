@@ -66,15 +66,15 @@ def the_parts(out: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     where = shlex.quote(str(out))
     found = [
-        Part("build", BUILD, 80),
-        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 200 --out {where}", 222),
+        Part("build", BUILD, 60),
+        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 232 --out {where}", 252),
     ]
     if sanitizer:
         for i, tool in enumerate(SANITIZER_TOOLS):
             # API errors are left out: torch asks the driver for things that it may not have.
             how = f"--tool {tool} --error-exitcode 9 --report-api-errors no --target-processes application-only"
             command = f"{sanitizer} {how} {PYTHON} -m bench.sanitize"
-            found.append(Part(f"sanitizer {tool}", command, 75, beside=i > 0))
+            found.append(Part(f"sanitizer {tool}", command, 65, beside=i > 0))
     found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 115 --out {where}", 140))
     return found
 
