@@ -60,7 +60,7 @@ RANK_HELD = (
 # 128 KiB of them. 16 keys a thread, as above, or 8 with their masses: of the sizes from 1024 to 8192 and 4 to 32 warps,
 # these two spill on no architecture.
 RANK_TILED = RankConfig(block=4096, held=False, num_warps=8)
-RANK_TILED_MASS = RankConfig(block=2048, held=False, num_warps=8)
+RANK_TILED_MASS = RankConfig(block=1024, held=False, num_warps=4)
 # A chunk with its mass takes 3 registers.
 MOST_HELD_WITH_MASS = 4096
 RANK_INTERPRETER = tuple(RankConfig(block, held=True, num_warps=1) for block in (512, 8192, 32768))
