@@ -78,7 +78,7 @@ def importance_of(
     return tl.where(t < length, total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["look_ahead", "tiles", "half"])
 def finalize_kernel(
     state,  # [B, N, T] fp32, any strides
     seq_lens,  # [B] int32 or None

@@ -25,7 +25,7 @@ unavailable = _triton.unavailable
 DEVICE_TYPE = _triton.DEVICE_TYPE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "slot_tiles", "kept_stride", "chunks_width"])
 def gather_tokens_kernel(
     x,  # [outer..., B, T, inner...] or [outer..., sum T, inner...], words
     values,  # [outer..., B * K, inner...], words, out

@@ -94,7 +94,7 @@ def _copy_cache(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "kept_stride", "key_programs"])
 def gather_kv_kernel(
     caches,  # keys, values: any layout, words
     outs,

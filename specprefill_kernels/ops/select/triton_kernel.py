@@ -38,7 +38,9 @@ def _ordered(x):
     return tl.where(x != x, NAN, key)
 
 
-@triton.jit
+# Not specialized, here and below: numbers that differ from call to call and widen no load. A kernel for 1 and for
+# multiples of 16 of each would gain nothing.
+@triton.jit(do_not_specialize=["look_ahead", "tiles", "half", "sink", "tail"])
 def keys_kernel(
     source,  # [B, T] fp32, or with FINALIZE the state [B, N, T] fp32; any strides
     seq_lens,  # [B] int32 or None
@@ -113,7 +115,7 @@ def keys_kernel(
     tl.store(keys + b * num_chunks + chunk, key.to(tl.int32, bitcast=True), mask=chunk < num_chunks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_width", "tiles"])
 def expand_kernel(
     chunk_ids,  # [B, W] int32
     num_kept,  # [B] int32
