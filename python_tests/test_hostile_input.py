@@ -120,7 +120,7 @@ def test_a_window_wider_than_the_prompt(backend, size, edge):
         torch.testing.assert_close(state[b, :, :length], torch.full((3, length), share), rtol=1e-5, atol=0)
     share = 1 / size if edge == "zero" else 1 / 64
     torch.testing.assert_close(importance, torch.full((2, 64), share), rtol=1e-5, atol=0)
-    assert seconds < 1
+    assert seconds < backend.sized(1, 20), "grows with the window"
 
 
 def score_expanded(head_dim: int) -> str:
