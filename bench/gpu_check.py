@@ -40,6 +40,7 @@ BUILD = (
     f"{PYTHON} -m pip install -e . --no-build-isolation --no-deps -q --disable-pip-version-check"
     f" || {PYTHON} setup.py -q build_ext --inplace"
 )
+RESULTS = ("timing.txt", "timing.json", "tests.txt", "tests.json", "check.json", "check.txt", "logs.tar.gz")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -107,7 +108,7 @@ def _run_together(parts: list[Part], out: Path) -> list[Outcome]:
     started, extra = time.monotonic(), environment()
     for part in parts:
         print(f"\n== {part.name}: at most {part.seconds:.0f} s", flush=True)
-    logs = [out / f"{part.name.replace(' ', '_')}.log" for part in parts]
+    logs = [out / "logs" / f"{part.name.replace(' ', '_')}.log" for part in parts]
     running = []
     for part, log in zip(parts, logs):
         with log.open("wb") as file:
@@ -189,8 +190,9 @@ def main(argv: list[str] | None = None) -> int:
         if lacking:
             print(f"gpu_check: missing here: {lacking}", file=sys.stderr)
             return 2
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("timing.txt", "timing.json", "tests.txt", "tests.json", "check.json"):
+    shutil.rmtree(out / "logs", ignore_errors=True)
+    (out / "logs").mkdir(parents=True)
+    for name in RESULTS:
         (out / name).unlink(missing_ok=True)  # an earlier run's results are no results of this one
     parts = [Part(**part) for part in json.loads(options.parts.read_text())] if options.parts else the_parts(out)
     wanted = tuple(filter(None, options.only.split(",")))
@@ -201,6 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
     text = table(outcomes, out)
     (out / "check.txt").write_text(text + "\n")
+    # One file: a workplace that lends machines may hand back only a few.
+    shutil.make_archive(str(out / "logs"), "gztar", out, "logs")
+    shutil.rmtree(out / "logs")
     print(f"\n{text}\n{'all':22}{'':14}{report['seconds']:6.0f} s, results in {out}")
     return 0 if outcomes and all(outcome.verdict == "passed" for outcome in outcomes) else 1
 

@@ -117,10 +117,15 @@ def _restart_if_lost(part: Part, out: Path) -> None:
         return
     part.read(out)
     tests = part.tests()
-    # Killed by a signal (a negative status), or the GPU was lost: go on behind the last test that told its result.
-    if tests and (tests[-1].get("lost") or part.process.returncode < 0):
-        part.restarts += 1
-        part.start(out, tests[-1]["test"])
+    begun = next((line["begun"] for line in reversed(part.lines) if "begun" in line), None)
+    if part.process.returncode < 0 and begun and (not tests or tests[-1]["test"] != begun):
+        died = f"E  the process ended in this test, by signal {-part.process.returncode}"
+        with part.lines_file(out).open("a") as file:
+            file.write(json.dumps({"test": begun, "outcome": "failed", "seconds": 0, "why": died}) + "\n")
+    elif not (tests and tests[-1].get("lost")):
+        return
+    part.restarts += 1
+    part.start(out, begun)
 
 
 def _end(process: subprocess.Popen | None) -> None:
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     parser.add_argument("files", nargs="*", help="test files, as named in python_tests; default: all that use a GPU")
     options = parser.parse_args(argv)
-    logs = options.out.resolve() / "tests"
+    logs = options.out.resolve() / "logs/tests"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("*"):
         old.unlink()

@@ -42,6 +42,11 @@ def pytest_collection_modifyitems(config, items):
     _write(config, {"selected": len(kept)})
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    _write(item.config, {"begun": item.nodeid})  # if the process dies in it, this is the last word
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()

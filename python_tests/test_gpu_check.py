@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -84,7 +85,9 @@ def test_one_failure_or_late_part_loses_none_of_the_others(tmp_path):
     assert "said by the first" in result.stdout
     last = result.stdout[result.stdout.rindex("the table") :].splitlines()
     assert [line.split("  ")[0] for line in last[2:]] == [*verdicts, "all"]
-    assert (tmp_path / "first.log").read_text() == "said by the first\n"
+    with tarfile.open(tmp_path / "logs.tar.gz") as logs:
+        assert logs.extractfile("logs/first.log").read() == b"said by the first\n"
+    assert not (tmp_path / "logs").exists()
 
 
 def test_all_parts_pass(tmp_path):
@@ -117,9 +120,11 @@ def test_parts_of_the_tests_are_all_of_them(tmp_path):
             check=False,
         )
         told = [json.loads(line) for line in lines.read_text().splitlines()]
-        assert told[0] == {"selected": len(told) - 1}
-        seen += [line["test"] for line in told[1:]]
-        bad = [line for line in told[1:] if line["outcome"] == "failed"]
+        tests = [line for line in told if "test" in line]
+        assert told[0] == {"selected": len(tests)}
+        assert [line["begun"] for line in told if "begun" in line] == [line["test"] for line in tests]
+        seen += [line["test"] for line in tests]
+        bad = [line for line in tests if line["outcome"] == "failed"]
         assert all(line["test"] == "test_planted.py::test_bad" and "planted" in line["why"] for line in bad)
     assert sorted(seen) == sorted(
         ["test_planted.py::test_bad", *(f"test_planted.py::test_good[{i}]" for i in range(6))]
@@ -144,6 +149,26 @@ def test_a_run_goes_on_behind_the_test_that_lost_the_gpu(tmp_path):
     told = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [line["outcome"] for line in told if "test" in line] == ["passed", "failed", "passed", "passed"]
     assert [line.get("lost", False) for line in told if "test" in line] == [False, True, False, False]
+
+
+def test_a_process_that_dies_is_started_again_behind_its_last_test(tmp_path):
+    (tmp_path / "test_planted.py").write_text(
+        "import os, pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('i', range(4))\n"
+        "def test_one(i):\n    if i == 1: os.abort()\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: here it means nothing\n")
+    code = f"""
+from pathlib import Path
+from bench import gpu_tests
+gpu_tests.TESTS = Path({str(tmp_path)!r})
+part = gpu_tests.Part("one", ["test_planted.py"])
+assert gpu_tests.run([part], gpu_tests.TESTS, 60)
+part.read(gpu_tests.TESTS)
+assert [line["outcome"] for line in part.tests()] == ["passed", "failed", "passed", "passed"], part.lines
+report, text = gpu_tests.summary([part], True)
+assert report["not_run"] == 0 and "by signal 6" in text, text
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_summary_of_the_gpu_tests():
