@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 GPU_FAULTS = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
-TOGETHER = 24  # parameters of one function share most of their compiled kernels
+TOGETHER = 8  # parameters of one function share most of their compiled kernels
 
 
 def pytest_addoption(parser):

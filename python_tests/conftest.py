@@ -17,8 +17,8 @@ else:
         "specprefill",
         deadline=None,
         derandomize=True,
-        # The interpreter takes a tenth of a second for a score; the first examples that it draws are the same ones.
-        max_examples=12 if INTERPRETED else 60,
+        # Triton's interpreter takes a tenth of a second for a score, and on a GPU most examples are kernels to compile.
+        max_examples=12 if INTERPRETED or torch.cuda.is_available() else 60,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("specprefill")
