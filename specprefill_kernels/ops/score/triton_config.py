@@ -1,8 +1,9 @@
 """Launch heuristics of the score kernels, as data.
 
 The key is the target's shared memory and the bytes of one key row there, since a stage of the pipeline is one tile of
-keys. None of the numbers has been timed on a GPU yet; each follows from the limits that its comment names, and the
-ahead-of-time check shows that it fits: no spill, shared memory within the architecture's limit.
+keys, and what makes registers scarce: fp32 operands, and keys that cannot be read 16 bytes at a time. None of the
+numbers has been timed on a GPU yet; each follows from the limits that its comment names, and the ahead-of-time check
+shows that it fits.
 """
 
 from __future__ import annotations
@@ -45,14 +46,17 @@ class ScoreConfig:
     pool: Tile
 
 
-# More rows than 64 would hold 64 x block_t logits, weights and pooled weights: 3 x 64 x 64 fp32 are 96 registers a
-# thread at 4 warps, above that they spill.
-MAX_BLOCK_M = 64
 MIN_BLOCK_M = 16
+# 64 rows of logits, weights and pooled weights are 3 x 64 x 64 fp32: 48 registers a thread at 8 warps, beside the
+# query's own. Above that they spill.
+MAX_BLOCK_M = 64
+# Of fp32 operands, multiplied in two TF32 halves each, and of keys that are not read 16 bytes at a time, so that they
+# pass through registers on their way to shared memory.
+MAX_BLOCK_M_HEAVY = 32
 
 # Shared memory of a block in KiB, by compute capability; gfx942 has 64 KiB of LDS.
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-_SMALL, _MEDIUM, _LARGE, _LDS, _INTERPRETER = "small", "medium", "large", "lds", "interpreter"
+_SMALL, _MEDIUM, _LARGE, _LDS = "small", "medium", "large", "lds"
 
 # (memory class, row bytes up to) -> (normalize, pool) as (block_t, tiles, num_stages).
 # normalize: 512 to 1024 keys a program: 128 programs a head at 128K tokens fill any GPU, and their partial sums are 8
@@ -65,22 +69,24 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]]
     (_LARGE, 128): ((128, 8, 4), (64, 8, 4)),
     (_LARGE, 256): ((128, 8, 3), (64, 8, 3)),
     (_LARGE, 512): ((64, 8, 3), (64, 8, 2)),
-    (_LARGE, 1024): ((32, 16, 3), (32, 16, 2)),
     # sm_80: as above, but fp8 keys are converted in registers, and with 128 keys of D = 128 one register was spilled.
     (_MEDIUM, 128): ((128, 8, 4), (64, 8, 4)),
     (_MEDIUM, 256): ((64, 16, 4), (64, 8, 3)),
     (_MEDIUM, 512): ((64, 8, 3), (64, 8, 2)),
-    (_MEDIUM, 1024): ((32, 16, 3), (32, 16, 2)),
     (_SMALL, 128): ((128, 8, 3), (64, 8, 3)),
     (_SMALL, 256): ((64, 16, 3), (64, 8, 2)),
     (_SMALL, 512): ((64, 8, 2), (32, 16, 2)),
-    (_SMALL, 1024): ((32, 16, 2), (32, 16, 1)),
     # gfx942: 64 KiB of LDS a workgroup, all that two tiles may take.
     (_LDS, 128): ((128, 8, 2), (64, 8, 2)),
     (_LDS, 256): ((64, 8, 2), (64, 8, 2)),
     (_LDS, 512): ((32, 16, 2), (32, 16, 2)),
-    (_LDS, 1024): ((32, 16, 1), (32, 16, 1)),
 }
+# Operands in fp32 are read in parts of 32 dimensions (see PARTS), so that a row has 128 bytes whatever head_dim is;
+# their halves leave registers for tiles half as large.
+_FP32 = ((64, 16, 3), (32, 16, 3))
+# Keys that are not contiguous or not aligned to 16 bytes, and heads beyond 256 dimensions: a path that has to be right,
+# not fast. The smallest tiles, as keys pass through registers.
+_NARROW = ((32, 16, 2), (32, 16, 2))
 # The interpreter pays for each operation, not for each element: one tile holds all that tests have.
 _INTERPRETED = (Tile(128, 2, 4, 1), Tile(128, 2, 4, 1))
 
@@ -115,9 +121,9 @@ JOINED_AT_ONCE = 32
 NATIVE_FP8_FROM = 89
 
 
-# A query tile of more bytes a row is not held in registers, but read again, in parts of so many dimensions, beside each
-# tile of keys: 32 rows of 256 bf16 are 128 registers in every warp, and of 128 fp32, in two TF32 halves, twice that.
-WHOLE_QUERY_BYTES = {2: 512, 4: 256}
+# What does not fit in registers as a whole is read again beside each tile of keys, in parts of so many dimensions, by
+# bytes of an element: 32 rows of 256 bf16 are 128 registers in every warp; of 64 fp32, in two halves, as many.
+WHOLE_HEAD = {2: 256, 4: 0}
 PARTS = {2: 128, 4: 32}
 
 
@@ -137,7 +143,7 @@ def power_of_2(n: int) -> int:
 
 def split_head(head_dim: int, dot_bytes: int) -> HeadSplit:
     """80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64: powers of two of at least 16 dimensions, as dots want them."""
-    if head_dim * dot_bytes > WHOLE_QUERY_BYTES[dot_bytes]:
+    if head_dim > WHOLE_HEAD[dot_bytes]:
         return HeadSplit(0, 0, PARTS[dot_bytes])
     first = max(1 << (head_dim.bit_length() - 1), 16)
     rest = max(power_of_2(head_dim - first), 16) if head_dim > first else 0
@@ -145,8 +151,6 @@ def split_head(head_dim: int, dot_bytes: int) -> HeadSplit:
 
 
 def memory_class(target: Target) -> str:
-    if target.interpreted:
-        return _INTERPRETER
     if target.vendor == "hip":
         return _LDS
     shared = _SHARED_KIB.get(target.arch, 99)  # an architecture that is not in the table is taken for a small one
@@ -162,18 +166,27 @@ def dot_precision(target: Target) -> str:
     return "tf32x3" if target.vendor == "cuda" else "ieee"
 
 
-def choose(target: Target, row_bytes: int, rows: int) -> ScoreConfig:
+def choose(target: Target, head_dim: int, dot_bytes: int, rows: int, wide_loads: bool) -> ScoreConfig:
     """
     Args:
-        row_bytes: of one key as a dot reads it at once: dimensions times the element size.
-        rows: look-ahead rows of a GQA group, with the padding of `row_blocks`.
+        dot_bytes: of an element as dots read it, 2 or 4.
+        rows: look-ahead rows of a GQA group, padded.
+        wide_loads: whether keys can be read 16 bytes at a time.
     """
-    block_m = min(max(rows, MIN_BLOCK_M), MAX_BLOCK_M)
-    kind = memory_class(target)
-    if kind == _INTERPRETER:
+    heavy = dot_bytes == 4 or not wide_loads or head_dim > WHOLE_HEAD[2]
+    block_m = min(max(rows, MIN_BLOCK_M), MAX_BLOCK_M_HEAVY if heavy else MAX_BLOCK_M)
+    if target.interpreted:
         return ScoreConfig(block_m, *_INTERPRETED)
-    limit = next((size for size in (128, 256, 512) if row_bytes <= size), 1024)
-    return _config(block_m, *_TILES[kind, limit])
+    if heavy:
+        return _config(block_m, *(_FP32 if dot_bytes == 4 and wide_loads else _NARROW))
+    row_bytes = next(size for size in (128, 256, 512) if head_dim * dot_bytes <= size)
+    return _config(block_m, *_TILES[memory_class(target), row_bytes])
+
+
+def pool_stages(target: Target, tile: Tile, wide: bool) -> int:
+    """Stages of the pooling kernel. With windows wider than a tile and a head split in two, AMD's compiler (Triton 3.6 and
+    3.7) fails on more than one."""
+    return 1 if wide and target.vendor == "hip" else tile.num_stages
 
 
 def _config(block_m: int, normalize: tuple[int, int, int], pool: tuple[int, int, int]) -> ScoreConfig:
@@ -184,12 +197,12 @@ def _config(block_m: int, normalize: tuple[int, int, int], pool: tuple[int, int,
 
 def configs(target: Target) -> tuple[ScoreConfig, ...]:
     """All that `choose` may return."""
+    light, heavy = (16, 32, MAX_BLOCK_M), (16, MAX_BLOCK_M_HEAVY)
+    if target.interpreted:
+        return tuple(ScoreConfig(block_m, *_INTERPRETED) for block_m in light)
     kind = memory_class(target)
-    if kind == _INTERPRETER:
-        return tuple(ScoreConfig(block_m, *_INTERPRETED) for block_m in (16, 32, MAX_BLOCK_M))
-    return tuple(
-        _config(block_m, *tiles)
-        for (memory, _), tiles in _TILES.items()
-        if memory == kind
-        for block_m in (16, 32, MAX_BLOCK_M)
+    tiles = [tiles for (memory, _), tiles in _TILES.items() if memory == kind]
+    return (
+        *(_config(block_m, *tile) for tile in tiles for block_m in light),
+        *(_config(block_m, *tile) for tile in (_FP32, _NARROW) for block_m in heavy),
     )

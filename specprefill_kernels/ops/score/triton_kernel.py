@@ -27,7 +27,7 @@ DEVICE_TYPE = _triton.DEVICE_TYPE
 
 # Look-ahead rows of a tile: the paper's 8 and those of a longer observation window.
 MAX_BLOCK_N = 16
-# Triton compiles another kernel for pointers that are not aligned to this many bytes.
+# Bytes of the widest load; Triton compiles another kernel for pointers that are not aligned to them.
 _ALIGNMENT = 16
 # A window beyond any prompt, as 32 bits hold it with room for a sum.
 NO_WINDOW = 1 << 30
@@ -50,6 +50,7 @@ class _Layer:
     window: int
     lse_strides: tuple[int, ...] | None
     scale_stride: int | None
+    wide_loads: bool  # keys can be read 16 bytes at a time
 
     @property
     def group(self) -> int:
@@ -137,9 +138,17 @@ def _alike(
             min(windows[i], NO_WINDOW),
             lse[i].stride() if lse else None,
             None if scale is None else (scale.stride(0) if scale.numel() > 1 else 0),
+            _wide_loads(key),
         )
         groups.setdefault(layer, []).append(i)
     yield from groups.items()
+
+
+def _wide_loads(key: Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
+    if key.stride(-1) != 1 or key.data_ptr() % _ALIGNMENT:
+        return False
+    return all(stride * key.element_size() % _ALIGNMENT == 0 for stride in key.stride()[:-1])
 
 
 def row_tile(look_ahead: int, group: int) -> tuple[int, int]:
@@ -203,8 +212,9 @@ class _Group:
         self.target = _triton.target_of(state)
         self.block_n, rows = row_tile(self.look_ahead, layer.group)
         self.head = triton_config.split_head(layer.heads[2], layer.dot_dtype.itemsize)
-        row_bytes = (self.head.part or layer.heads[2]) * layer.dot_dtype.itemsize
-        self.config: ScoreConfig = triton_config.choose(self.target, row_bytes, rows)
+        self.config: ScoreConfig = triton_config.choose(
+            self.target, layer.heads[2], layer.dot_dtype.itemsize, rows, layer.wide_loads
+        )
         self.row_blocks = row_blocks(self.look_ahead, layer.group, self.config.block_m)
         self.units = self.layers * layer.heads[1] * self.row_blocks
 
@@ -276,7 +286,8 @@ class _Group:
             on=state, TILES=tile.tiles, BLOCK_T=tile.block_t, EXTRA_KEYS=options.extra_keys,
             POOL=pool, VALID_EDGE=options.pool_edge == "valid" and size > 1, ONE_ROW=one_row,
             UPCAST=self.target.interpreted, LSE_BASE_2=self.lse is None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **self._constexprs(),
+            num_warps=tile.num_warps, num_stages=triton_config.pool_stages(self.target, tile, pool == "wide"),
+            **self._constexprs(),
         )  # fmt: skip
 
     def _sequences(self) -> tuple[Any, ...]:

@@ -39,7 +39,8 @@ def bounds(
     if cu_seqlens is not None:
         start += tl.load(cu_seqlens + b)
         end = tl.load(cu_seqlens + b + 1).to(tl.int64)
-        room = tl.where(start >= 0, tl.minimum(end, room) - start, 0).to(tl.int32)
+        # In 64 bits until it is known to fit, as offsets of a CUDA tensor may be anything.
+        room = tl.where(start >= 0, tl.maximum(tl.minimum(end, room) - start, 0), 0).to(tl.int32)
         start = tl.maximum(start, 0)
     rows = tl.zeros((), tl.int32) + look_ahead
     if num_look_ahead is not None:
