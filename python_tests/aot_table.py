@@ -7,7 +7,7 @@ from typing import Any
 
 from aot_compile import TENSOR_MEMORY, Arch, Job, Result
 
-# Bytes a thread that are no spill: ptxas parks a saved predicate, an index or half an address that a whole loop does not
+# Bytes a thread that are no spill: ptxas parks a saved predicate, an index or half an address that a loop does not
 # change, even at 48 of 255 registers, so no smaller tile avoids it. One store and one load. The table shows it.
 PARKED = 16
 

@@ -184,7 +184,7 @@ def choose(target: Target, head_dim: int, dot_bytes: int, rows: int, wide_loads:
 
 
 def pool_stages(target: Target, tile: Tile, wide: bool) -> int:
-    """Stages of the pooling kernel. With windows wider than a tile and a head split in two, AMD's compiler (Triton 3.6 and
+    """Stages of the pooling kernel. For windows wider than a tile and a head split in two, AMD's compiler (Triton 3.6,
     3.7) fails on more than one."""
     return 1 if wide and target.vendor == "hip" else tile.num_stages
 
