@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
     text = table(outcomes, out)
     (out / "check.txt").write_text(text + "\n")
-    # One file: a workplace that lends machines may hand back only a few.
+    # One file, as easy to carry away as the tables are.
     shutil.make_archive(str(out / "logs"), "gztar", out, "logs")
     shutil.rmtree(out / "logs")
     print(f"\n{text}\n{'all':22}{'':14}{report['seconds']:6.0f} s, results in {out}")

@@ -3,8 +3,8 @@
     python python_tests/aot.py [--arch 80,90,gfx942] [--only score] [--json FILE] [--jobs 2] [--full]
 
 Exit status 1: a kernel that does not compile, spills registers (more bytes than aot_table.PARKED) or wants more shared
-memory than the architecture has; a score kernel whose dot uses no tensor core; a configuration that the heuristics could
-choose and no call covers.
+memory than the architecture has; a score kernel whose dot uses no tensor core; a configuration that the heuristics
+could choose and no call covers.
 The compiled kernels are kept where Triton keeps its own (TRITON_CACHE_DIR).
 """
 
