@@ -122,9 +122,11 @@ NATIVE_FP8_FROM = 89
 
 
 # What does not fit in registers as a whole is read again beside each tile of keys, in parts of so many dimensions, by
-# bytes of an element: 32 rows of 256 bf16 are 128 registers in every warp; of 64 fp32, in two halves, as many.
+# bytes of an element: 32 rows of 256 bf16 are 128 registers in every warp; of 64 fp32, in two halves, as many. Keys in
+# narrow loads take half of the registers themselves.
 WHOLE_HEAD = {2: 256, 4: 0}
-PARTS = {2: 128, 4: 32}
+WHOLE_HEAD_NARROW = 128
+PARTS = {2: 64, 4: 32}
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,9 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def split_head(head_dim: int, dot_bytes: int) -> HeadSplit:
+def split_head(head_dim: int, dot_bytes: int, wide_loads: bool) -> HeadSplit:
     """80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64: powers of two of at least 16 dimensions, as dots want them."""
-    if head_dim > WHOLE_HEAD[dot_bytes]:
+    if head_dim > min(WHOLE_HEAD[dot_bytes], WHOLE_HEAD[2] if wide_loads else WHOLE_HEAD_NARROW):
         return HeadSplit(0, 0, PARTS[dot_bytes])
     first = max(1 << (head_dim.bit_length() - 1), 16)
     rest = max(power_of_2(head_dim - first), 16) if head_dim > first else 0

@@ -211,7 +211,7 @@ class _Group:
         self.batch, self.look_ahead = queries[0].shape[:2]
         self.target = _triton.target_of(state)
         self.block_n, rows = row_tile(self.look_ahead, layer.group)
-        self.head = triton_config.split_head(layer.heads[2], layer.dot_dtype.itemsize)
+        self.head = triton_config.split_head(layer.heads[2], layer.dot_dtype.itemsize, layer.wide_loads)
         self.config: ScoreConfig = triton_config.choose(
             self.target, layer.heads[2], layer.dot_dtype.itemsize, rows, layer.wide_loads
         )

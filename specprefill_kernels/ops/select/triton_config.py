@@ -57,9 +57,8 @@ RANK_HELD = (
     RankConfig(block=8192, held=True, num_warps=16),
 )
 # Beyond, keys are read again every round, most of them out of the first-level cache: 1M tokens in chunks of 32 have
-# 128 KiB of them. 16 keys a thread, as above, or 8 with their masses: of the sizes from 1024 to 8192 and 4 to 32 warps,
-# these two spill on no architecture.
-RANK_TILED = RankConfig(block=4096, held=False, num_warps=8)
+# 128 KiB of them. 8 keys a thread: with 16, some architectures spill.
+RANK_TILED = RankConfig(block=2048, held=False, num_warps=8)
 RANK_TILED_MASS = RankConfig(block=1024, held=False, num_warps=4)
 # A chunk with its mass takes 3 registers.
 MOST_HELD_WITH_MASS = 4096
