@@ -127,3 +127,12 @@ def test_show_config_names_every_op_and_reason():
         assert op.removesuffix("s") in text or op in text
     for backend in spk.available_backends("score_layer"):
         assert backend in text
+
+
+def test_auto_does_not_give_gpu_tensors_to_the_interpreter(monkeypatch):
+    """A backend that takes CPU tensors here is passed over, and the next one is taken."""
+    taken = {"cuda": None, "triton": type("module", (), {"DEVICE_TYPE": "cpu"}), "reference": type("module", (), {})}
+    monkeypatch.setattr(_backends, "_load", lambda op, backend: (taken[backend], None if taken[backend] else "none"))
+    assert _backends._automatic.__wrapped__("select_chunks", "cuda") == "reference"
+    taken["triton"].DEVICE_TYPE = "cuda"
+    assert _backends._automatic.__wrapped__("select_chunks", "cuda") == "triton"

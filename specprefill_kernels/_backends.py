@@ -100,11 +100,19 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
+def _device_of(module: Any, backend: str) -> str | None:
+    """The type of the tensors that a backend takes; None for any. A module may know better: Triton's interpreter takes
+    CPU tensors."""
+    return getattr(module, "DEVICE_TYPE", DEVICE_OF_BACKEND.get(backend))
+
+
 @cache
 def _automatic(op: str, device: str) -> str:
     reasons: dict[str, str | None] = {}
     for backend in PREFERENCE.get(device, ("reference",)):
         module, reason = _load(op, backend)
+        if module is not None and _device_of(module, backend) not in (None, device):
+            module, reason = None, f"takes {_device_of(module, backend)} tensors here"
         if module is not None:
             passed_over = "; ".join(f"{name}: {why}" for name, why in reasons.items())
             logger.info("%s on %s runs on backend %s%s", op, device, backend, f" ({passed_over})" if reasons else "")
@@ -121,9 +129,8 @@ def resolve(op: str, backend: str, device: str) -> str:
     if backend == "auto":
         return _automatic(op, device)
     module, reason = _load(op, backend)
-    # A module may know better: Triton's interpreter takes CPU tensors.
-    wanted = getattr(module, "DEVICE_TYPE", DEVICE_OF_BACKEND.get(backend, device))
-    if wanted != device:
+    wanted = _device_of(module, backend)
+    if wanted not in (None, device):
         raise BackendUnavailable(f"{op}: backend {backend!r} takes {wanted} tensors, got {device} tensors")
     if module is None:
         raise BackendUnavailable(f"{op}: backend {backend!r} cannot run here: {reason}")

@@ -78,7 +78,9 @@ def importance_of(
     return tl.where(t < length, total, 0.0)
 
 
-@triton.jit(do_not_specialize=["look_ahead", "tiles", "half"])
+@triton.jit(
+    do_not_specialize=["look_ahead", "tiles", "half"], do_not_specialize_on_alignment=["seq_lens", "num_look_ahead"]
+)
 def finalize_kernel(
     state,  # [B, N, T] fp32, any strides
     seq_lens,  # [B] int32 or None

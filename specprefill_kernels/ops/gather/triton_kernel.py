@@ -25,7 +25,10 @@ unavailable = _triton.unavailable
 DEVICE_TYPE = _triton.DEVICE_TYPE
 
 
-@triton.jit(do_not_specialize=["batch", "tokens", "slot_tiles", "kept_stride", "chunks_width"])
+@triton.jit(
+    do_not_specialize=["batch", "tokens", "slot_tiles", "kept_stride", "chunks_width"],
+    do_not_specialize_on_alignment=["num_kept", "cu_seqlens"],
+)
 def gather_tokens_kernel(
     x,  # [outer..., B, T, inner...] or [outer..., sum T, inner...], words
     values,  # [outer..., B * K, inner...], words, out

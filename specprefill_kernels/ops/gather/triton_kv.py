@@ -94,7 +94,10 @@ def _copy_cache(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "kept_stride", "key_programs"])
+@triton.jit(
+    do_not_specialize=["batch", "width", "kept_stride", "key_programs", "source_shape", "target_shape"],
+    do_not_specialize_on_alignment=["indices", "num_kept", "cu_seqlens", "block_table", "out_block_table"],
+)
 def gather_kv_kernel(
     caches,  # keys, values: any layout, words
     outs,

@@ -27,6 +27,8 @@ PLAIN = [
     "num_blocks", "table_stride", "scale_stride", "state_stride_b", "state_stride_n",
     "lse_stride_b", "lse_stride_n", "lse_stride_h", "window", "half", "out_tokens",
 ]  # fmt: skip
+# Read number by number, and slices of an engine's larger buffers: their alignment means nothing.
+TABLES = ["seq_lens", "cu_seqlens", "num_look_ahead", "block_table"]
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def rows_of_block(block, group, look_ahead, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     return block // n_blocks * BLOCK_G + m // BLOCK_N, block % n_blocks * BLOCK_N + m % BLOCK_N
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def partial_sums(
     queries, keys, key_scales, maxima, sums, seq_lens, cu_seqlens, num_look_ahead, block_table,
     q_stride_b, q_stride_n, q_stride_h, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d, scale_stride,
@@ -95,7 +97,7 @@ def partial_sums(
             query, q_offset, ok, q_stride_d, q_first, q_rest, key, offset, k_ok, k_stride_d, factor, softcap,
             HEAD_DIM, D_FIRST, D_REST, D_PART, FP8, FP8_NATIVE, DOT, PRECISION,
         )  # fmt: skip
-        x = tl.where(sees(t, position, readable, window, OBSERVATION or EXTRA_KEYS), x, float("-inf"))
+        x = tl.where(sees(k_ok, t, position, window, OBSERVATION or EXTRA_KEYS), x, float("-inf"))
         higher = tl.maximum(maximum, tl.max(x, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: -Inf - -Inf is NaN
         total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(x - base[:, None]), 1)
@@ -105,7 +107,7 @@ def partial_sums(
     tl.store(sums + at, total)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def join_sums(
     lse, maxima, sums, seq_lens, cu_seqlens, num_look_ahead,
     batch, kv_heads, row_blocks, group, look_ahead, capacity, room, splits,
@@ -142,7 +144,7 @@ def join_sums(
     tl.store(lse + row * (kv_heads * group) + head * group + g, value, mask=(n < rows) & (g < group))
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def pool_max(
     state, queries, keys, key_scales, lse, seq_lens, cu_seqlens, num_look_ahead, block_table,
     state_stride_b, state_stride_n, lse_stride_b, lse_stride_n, lse_stride_h,
@@ -207,7 +209,7 @@ def pool_max(
             for t0 in range(tl.maximum(out0 - half, seen_from), to_key, BLOCK_T):
                 t = t0 + tl.arange(0, BLOCK_T)
                 weight = weights(
-                    t, t < length, position, length, norm, window,
+                    t, t < length, position, norm, window,
                     b, head, start, block_table, table_stride, block_size, num_blocks,
                     k_stride_b, k_stride_h, k_stride_t,
                     query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
@@ -217,7 +219,7 @@ def pool_max(
         else:  # one tile of keys: no loop in the loop, so that the next tile's keys are on their way meanwhile
             t = out0 - half + tl.arange(0, BLOCK_T)
             pooled = weights(
-                t, (t >= seen_from) & (t < to_key), position, length, norm, window,
+                t, (t >= seen_from) & (t < to_key), position, norm, window,
                 b, head, start, block_table, table_stride, block_size, num_blocks,
                 k_stride_b, k_stride_h, k_stride_t,
                 query, q_offset, ok, q_stride_d, q_first, q_rest, key, k_stride_d, factor, softcap,
@@ -248,7 +250,7 @@ def pool_max(
 
 @triton.jit
 def weights(
-    t, wanted, position, length, norm, window, b, head, start, block_table, table_stride, block_size, num_blocks,
+    t, wanted, position, norm, window, b, head, start, block_table, table_stride, block_size, num_blocks,
     k_stride_b, k_stride_h, k_stride_t, query, q_offset, q_ok, q_stride_d, q_first, q_rest,
     key, k_stride_d, factor, softcap,
     HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr,
@@ -265,7 +267,7 @@ def weights(
     )  # fmt: skip
     # Hidden before the difference, which keeps it from being fused with the product inside x: a logit that is the whole
     # sum must give a weight of 1, so it has to be rounded as it was when the sum was taken.
-    x = tl.where(sees(t, position, length, window, OBSERVATION), x, float("-inf"))
+    x = tl.where(sees(k_ok, t, position, window, OBSERVATION), x, float("-inf"))
     return tl.exp2(x - norm[:, None])
 
 

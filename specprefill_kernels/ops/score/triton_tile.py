@@ -54,7 +54,7 @@ def bounds(
     elif cu_seqlens is not None:
         length = tl.minimum(room, length)
     length = tl.maximum(length, 0)
-    return start, length, rows, length + behind
+    return start, length, rows, tl.where(length > 0, length + behind, 0)
 
 
 @triton.jit
@@ -197,9 +197,9 @@ def tanh(x):
 
 
 @triton.jit
-def sees(t, position, readable, window, CAUSAL: tl.constexpr):
-    """[M or 1, BLOCK_T]: which keys a row sees."""
-    seen = ((t >= 0) & (t < readable))[None, :]
+def sees(k_ok, t, position, window, CAUSAL: tl.constexpr):
+    """[M or 1, BLOCK_T]: which keys a row sees, of those that there are."""
+    seen = k_ok[None, :]
     if CAUSAL:
         seen = seen & (t[None, :] <= position[:, None])
     if window is not None:

@@ -40,7 +40,10 @@ def _ordered(x):
 
 # Not specialized, here and below: numbers that differ from call to call and widen no load. A kernel for 1 and for
 # multiples of 16 of each would gain nothing.
-@triton.jit(do_not_specialize=["look_ahead", "tiles", "half", "sink", "tail"])
+@triton.jit(
+    do_not_specialize=["look_ahead", "num_chunks", "tiles", "half", "sink", "tail"],
+    do_not_specialize_on_alignment=["seq_lens", "num_look_ahead"],
+)
 def keys_kernel(
     source,  # [B, T] fp32, or with FINALIZE the state [B, N, T] fp32; any strides
     seq_lens,  # [B] int32 or None
@@ -200,7 +203,8 @@ def rank_chunks(
         source: importance [B, T], or with `finalize` the state [B, N, T].
     """
     batch, capacity = source.shape[0], source.shape[-1]
-    size = min(budget.chunk_size, capacity)  # one chunk either way
+    # A larger chunk holds the whole prompt either way, and a kernel for each length would gain nothing.
+    size = min(budget.chunk_size, triton.next_power_of_2(capacity))
     num_chunks = triton.cdiv(capacity, size)
     new = partial(torch.empty, device=source.device)
     keys = new(batch, num_chunks, dtype=torch.int32)

@@ -147,7 +147,10 @@ def _list_block(key, start, chunk_ids, threshold, ties, above_before, ties_befor
     return tl.sum(above.to(tl.int32)), tl.sum(tie.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["capacity", "width", "units_per_chunk", "rounding", "budget", "mass_bits"])
+@triton.jit(
+    do_not_specialize=["capacity", "width", "units_per_chunk", "rounding", "budget", "mass_bits"],
+    do_not_specialize_on_alignment=["seq_lens"],
+)
 def rank_kernel(
     keys,  # [B, C] int32
     masses,  # [B, C] fp64 or None

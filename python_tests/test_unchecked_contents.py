@@ -1,0 +1,73 @@
+"""Contents that CPU tensors are refused for and CUDA tensors are not read for: what lies beyond a buffer is absent.
+
+Triton's interpreter stands in for a GPU here, with its checks of contents off; test_gpu_bad_values.py asks a real one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import specprefill_kernels as spk
+
+_triton = pytest.importorskip("specprefill_kernels._triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+ROWS, HEADS, DIM = 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    monkeypatch.setattr(_triton, "checks_values", lambda: False)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_no_key_is_read_behind_an_empty_slot_on_triton():
+    """The padding of a packed batch: no prompt, so no look-ahead keys behind it either."""
+    buffer = torch.full((40, 1, DIM), float("nan"))
+    buffer[:20] = random(20, 1, DIM)
+    workspace = torch.zeros(1 << 16, dtype=torch.uint8)
+    spk.score_layer_(
+        spk.new_state(2, ROWS, 20),
+        random(2, ROWS, HEADS, DIM),
+        buffer[:20],
+        layout="packed",
+        cu_seqlens=torch.tensor([0, 20, 20], dtype=torch.int32),
+        seq_lens=torch.tensor([20 - ROWS, 5], dtype=torch.int32),
+        normalize_over="visible",
+        workspace=workspace,
+        backend="triton",
+    )
+    assert not workspace.view(torch.float32).isnan().any()
+
+
+@pytest.mark.parametrize("block", [-1, 5, 2**31 - 1])
+def test_keys_of_a_block_that_is_not_there_have_no_weight_on_triton(block):
+    key = random(5, 8, 1, DIM)
+    query = random(1, ROWS, HEADS, DIM)
+    table = torch.tensor([[0, block, 2]], dtype=torch.int32)
+    state = spk.new_state(1, ROWS, 24)
+    spk.score_layer_(
+        state,
+        query,
+        key,
+        layout="paged_nhd",
+        block_table=table,
+        seq_lens=torch.tensor([24]),
+        pool_kernel_size=1,
+        backend="triton",
+    )
+    there = torch.cat([key[0], key[2]]).movedim(0, 1)[None]
+    expected = spk.score_layer_(spk.new_state(1, ROWS, 16), query, there, pool_kernel_size=1, backend="reference")
+    assert (state[:, :, 8:16] == 0).all()
+    torch.testing.assert_close(torch.cat([state[:, :, :8], state[:, :, 16:]], 2), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_size", [40, 64, 5000])
+def test_a_chunk_larger_than_the_prompt_holds_all_of_it_on_triton(chunk_size):
+    selection = spk.select_chunks(random(2, 37).abs(), keep_ratio=0.1, chunk_size=chunk_size, backend="triton")
+    assert selection.num_kept.tolist() == [37, 37]
+    assert selection.indices.tolist() == [list(range(37))] * 2
