@@ -16,7 +16,17 @@ tensor cores, the weights as the sum of two bf16 (relative error 2^-17).
 import triton
 import triton.language as tl
 
-from specprefill_kernels.ops.score.triton_tile import LOG2E, bounds, key_offsets, logits, pick, query_part, sees
+from specprefill_kernels.ops.score.triton_tile import (
+    LOG2E,
+    bounds,
+    key_offsets,
+    layer_of,
+    logits,
+    pick,
+    query_part,
+    rows_at,
+    sees,
+)
 
 # The lowest fp32: what is taken for -Inf where a difference of two must not be NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -66,19 +76,14 @@ def partial_sums(
     g, n = rows_of_block(block, group, look_ahead, BLOCK_M, BLOCK_N)
     position = (length - rows if OBSERVATION else length - 1) + n
     ok = (n < rows) & (g < group)
-    query = pick(queries, layer)
-    q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
-    q_offset += (head * group + g).to(tl.int64) * q_stride_h
+    query, key, factor = layer_of(queries, keys, key_scales, layer, head, scale, scale_stride)
+    q_offset = rows_at(b, n, head * group + g, q_stride_b, q_stride_n, q_stride_h)
     q_first = None
     q_rest = None
     if D_PART == 0:
         q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
     if D_REST > 0:
         q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
-    key = pick(keys, layer)
-    factor = scale
-    if key_scales is not None:
-        factor = scale * tl.load(pick(key_scales, layer) + head * scale_stride)
 
     last = tl.minimum(first + BLOCK_T * TILES, readable)
     from_key = first
@@ -176,21 +181,15 @@ def pool_max(
     lowest = length - rows if OBSERVATION else length - 1
     position = lowest + n
     ok = (n < rows) & (g < group)
-    query = pick(queries, layer)
-    q_offset = b.to(tl.int64) * q_stride_b + n.to(tl.int64) * q_stride_n
-    q_offset += (head * group + g).to(tl.int64) * q_stride_h
+    query, key, factor = layer_of(queries, keys, key_scales, layer, head, scale, scale_stride)
+    q_offset = rows_at(b, n, head * group + g, q_stride_b, q_stride_n, q_stride_h)
     q_first = None
     q_rest = None
     if D_PART == 0:
         q_first = query_part(query, q_offset, ok, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
     if D_REST > 0:
         q_rest = query_part(query, q_offset, ok, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
-    key = pick(keys, layer)
-    factor = scale
-    if key_scales is not None:
-        factor = scale * tl.load(pick(key_scales, layer) + head * scale_stride)
-    lse_at = b.to(tl.int64) * lse_stride_b + n.to(tl.int64) * lse_stride_n
-    lse_at += (head * group + g).to(tl.int64) * lse_stride_h
+    lse_at = rows_at(b, n, head * group + g, lse_stride_b, lse_stride_n, lse_stride_h)
     norm = tl.load(pick(lse, layer) + lse_at, mask=ok, other=0.0)
     if not LSE_BASE_2:
         norm = norm * LOG2E

@@ -21,6 +21,21 @@ def pick(items, index):
 
 
 @triton.jit
+def layer_of(queries, keys, key_scales, layer, head, scale, scale_stride):
+    """(query, key, what a dot of the two is multiplied by) of one layer and KV head."""
+    factor = scale
+    if key_scales is not None:
+        factor = scale * tl.load(pick(key_scales, layer) + head * scale_stride)
+    return pick(queries, layer), pick(keys, layer), factor
+
+
+@triton.jit
+def rows_at(b, n, q_head, stride_b, stride_n, stride_h):
+    """Element offset of each row in a tensor [B, N, Hq, ...], int64."""
+    return b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n + q_head.to(tl.int64) * stride_h
+
+
+@triton.jit
 def bounds(
     b,
     seq_lens,
