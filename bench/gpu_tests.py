@@ -47,6 +47,7 @@ class Part:
             "bench.pytest_parts",
             "-p",
             "no:cacheprovider",
+            "--continue-on-collection-errors",  # a file that does not import must not keep the others from running
         ]
         command += ["--part", self.part, "--lines", str(self.lines_file(out)), *(["--after", after] if after else [])]
         log = open(out / f"{self.name}.log", "a")  # noqa: SIM115  # the process writes to it as long as it lives
@@ -64,7 +65,10 @@ class Part:
     def read(self, out: Path) -> None:
         file = self.lines_file(out)
         if file.exists():
-            self.lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+            self.lines = []
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a process that died in the middle of a line
+                    self.lines.append(json.loads(line))
 
     def tests(self) -> list[dict]:
         return [line for line in self.lines if "test" in line]

@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(table(new, copy_rate).splitlines()[2:]), flush=True)
         # After every row: what has been measured is not lost when time runs out.
         (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "timing.txt").write_text(table(rows, copy_rate) + "\n")
     text = table(rows, copy_rate) + (f"\ncut {report['cut']}" if "cut" in report else "")
     (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "timing.txt").write_text(text + "\n")

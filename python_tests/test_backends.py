@@ -136,3 +136,13 @@ def test_auto_does_not_give_gpu_tensors_to_the_interpreter(monkeypatch):
     assert _backends._automatic.__wrapped__("select_chunks", "cuda") == "reference"
     taken["triton"].DEVICE_TYPE = "cuda"
     assert _backends._automatic.__wrapped__("select_chunks", "cuda") == "triton"
+
+
+def test_a_triton_that_is_too_old_says_so(monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from specprefill_kernels import _triton
+
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "3.5.1 is older than 3.6" in _triton.unavailable.__wrapped__()
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
+    assert "older" not in (_triton.unavailable.__wrapped__() or "")

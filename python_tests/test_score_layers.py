@@ -127,3 +127,16 @@ def test_the_workspace_size_of_bad_shapes(backend, changes, name):
     shapes = {"look_ahead": 8, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "max_len": 100}
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
         spk.score_workspace_size(**{**shapes, **changes})
+
+
+def test_a_workspace_for_layers_that_differ(backend):
+    """As the docstring says: the largest of each size, but the fewest KV heads."""
+    if backend.name == "reference":
+        pytest.skip("the reference needs no workspace")
+    cases = [
+        BASE.but(heads=heads, look_ahead=1, rows=None, seq_lens=(300, 20)) for heads in ((12, 1), (12, 12), (6, 2))
+    ]
+    size = spk.score_workspace_size(1, 12, 1, 64, 300, batch=2, layers=3, backend=backend.name)
+    workspace = torch.empty(size, dtype=torch.uint8, device=backend.device)
+    problems = [draw(case) for case in cases]
+    same(run_layers(problems, backend, workspace=workspace), run_layers(problems, backend))

@@ -71,3 +71,24 @@ def test_a_chunk_larger_than_the_prompt_holds_all_of_it_on_triton(chunk_size):
     selection = spk.select_chunks(random(2, 37).abs(), keep_ratio=0.1, chunk_size=chunk_size, backend="triton")
     assert selection.num_kept.tolist() == [37, 37]
     assert selection.indices.tolist() == [list(range(37))] * 2
+
+
+@pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"keep_tokens": 8}, {"keep_mass": 0.5}], ids=str)
+@pytest.mark.parametrize("guarded", [{}, {"sink": 3, "tail": 2}], ids=str)
+def test_nothing_of_an_empty_slot_is_kept_on_triton(budget, guarded):
+    """A batch padded for a CUDA graph: its slots without a request have the length 0."""
+    state = random(4, ROWS, 64).abs()
+    lengths = torch.tensor([64, 0, 40, -3], dtype=torch.int32)
+    ids = torch.arange(256).view(4, 64)
+    kept = spk.select_tokens(state, ids, lengths, chunk_size=8, backend="triton", **budget, **guarded)
+    for b in (0, 2):
+        alone = slice(b, b + 1), slice(0, int(lengths[b]))
+        expected = spk.select_chunks(kept.importance[alone], chunk_size=8, backend="reference", **budget, **guarded)
+        count = int(expected.num_kept)
+        assert kept.selection.num_kept[b] == count
+        assert torch.equal(kept.selection.indices[b, :count], expected.indices[0, :count])
+    assert kept.selection.num_kept[[1, 3]].tolist() == [0, 0]
+    assert (kept.selection.indices[[1, 3]] == -1).all()
+    assert (kept.importance[[1, 3]] == 0).all()
+    counts = kept.selection.num_kept.tolist()
+    assert kept.packed.cu_seqlens.tolist() == [0, counts[0], counts[0], counts[0] + counts[2], counts[0] + counts[2]]

@@ -22,6 +22,7 @@ def _probe():  # type: ignore[no-untyped-def]  # never launched: its type shows 
     pass
 
 
+OLDEST = (3, 6)  # Triton: as in pyproject.toml
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 # The device type whose tensors the kernels take.
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
@@ -66,9 +67,18 @@ class _Recorder:
 @cache
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    if INTERPRETED or torch.cuda.is_available():
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}, the oldest that compiles them"
+    if INTERPRETED:
         return None
-    return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, to test them)"
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, to test them)"
+    if torch.version.hip is None:
+        capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if capability < (8, 0):
+            return f"a GPU of compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return None
 
 
 @cache

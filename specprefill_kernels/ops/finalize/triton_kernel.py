@@ -19,12 +19,15 @@ DEVICE_TYPE = _triton.DEVICE_TYPE
 
 
 @triton.jit
-def length_of(lengths, b, most):
-    """Entry b of `lengths`, kept within [1, most], or `most` where there are none: an int32 scalar."""
+def length_of(lengths, b, most, least):
+    """Entry b of `lengths`, kept within [least, most], or `most` where there are none: an int32 scalar.
+
+    An empty slot of a padded batch has the length 0, whatever CUDA tensor says so: nothing of it is kept.
+    """
     # one way out: the compiler follows both branches of a function that returns early
     length = tl.full((), most, tl.int32)
     if lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths + b), 1), length)
+        length = tl.minimum(tl.maximum(tl.load(lengths + b), least), length)
     return length
 
 
@@ -102,8 +105,8 @@ def finalize_kernel(
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     t = (program % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    length = length_of(seq_lens, b, capacity)
-    rows = length_of(num_look_ahead, b, look_ahead)
+    length = length_of(seq_lens, b, capacity, 0)
+    rows = length_of(num_look_ahead, b, look_ahead, 1)
     state += b * stride_b
     value = importance_of(
         state, t, length, rows, capacity, stride_n, stride_t, half, divisor, REDUCE_MAX, POOL, VALID_EDGE

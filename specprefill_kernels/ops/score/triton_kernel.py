@@ -176,14 +176,15 @@ def score_workspace_size(
     """Bytes that `score_layers_` needs here for any head_dim, dtype and pooling: partial sums of rows, and joined."""
     del head_dim, pool_kernel_size
     target = _triton.default_target()
-    group = -(-num_q_heads // num_kv_heads)
     layers = min(layers, triton_config.LAYER_SLOTS[-1])
     most = 0
-    for config in triton_config.configs(target):
-        tile = config.normalize
-        rows = layers * batch * num_kv_heads * row_blocks(look_ahead, group, config.block_m) * config.block_m
-        splits = -(-(max_len + look_ahead) // (tile.block_t * tile.tiles))
-        most = max(most, 2 * rows * splits)
+    # Of several layers, the one with the most KV heads may have the most rows: each KV head's are padded.
+    for kv_heads in range(num_kv_heads, num_q_heads + 1):
+        group = -(-num_q_heads // kv_heads)
+        for config in triton_config.configs(target):
+            tile = config.normalize
+            rows = layers * batch * kv_heads * row_blocks(look_ahead, group, config.block_m) * config.block_m
+            most = max(most, 2 * rows * -(-(max_len + look_ahead) // (tile.block_t * tile.tiles)))
     return 4 * (most + layers * batch * look_ahead * num_q_heads) + _ALIGNMENT
 
 

@@ -226,8 +226,8 @@ def pool_max(
             )  # fmt: skip
             if POOL == "tile":
                 pooled = add_band(tl.zeros((BLOCK_M, BLOCK_T), tl.float32), pooled, -half, half, UPCAST)
-        # Bits of numbers that are not negative order as integers do, and NaN above them all: it stays. All rows of a
-        # position are divided by the same, so that can follow the maximum.
+        # Bits of numbers that are not negative order as integers do, and above them all a NaN without a sign: it stays.
+        # All rows of a position are divided by the same, so that can follow the maximum.
         bits = tl.where(ok[:, None], pooled.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
         bits = tl.max(tl.reshape(bits, (BLOCK_M // BLOCK_N, BLOCK_N, BLOCK_T)), 0)
         if ONE_ROW:

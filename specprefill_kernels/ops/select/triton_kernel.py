@@ -76,7 +76,7 @@ def keys_kernel(
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     chunk = (program % tiles).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
-    length = length_of(seq_lens, b, capacity)
+    length = length_of(seq_lens, b, capacity, 0)
     start = chunk * CHUNK_SIZE
     stop = tl.minimum(start + CHUNK_SIZE, length)
     mass = tl.zeros((CHUNKS,), tl.float64)
@@ -91,7 +91,7 @@ def keys_kernel(
         if CHUNK_SIZE % PIECE != 0:
             inside = inside & (lane < CHUNK_SIZE)
         if FINALIZE:
-            rows = length_of(num_look_ahead, b, look_ahead)
+            rows = length_of(num_look_ahead, b, look_ahead, 1)
             x = importance_of(
                 source, t, length, rows, capacity, stride_n, stride_t, half, divisor, REDUCE_MAX, POOL, VALID_EDGE
             )

@@ -172,7 +172,7 @@ def rank_kernel(
     HELD: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    length = length_of(seq_lens, b, capacity)
+    length = length_of(seq_lens, b, capacity, 0)
     own = (length + (CHUNK_SIZE - 1)) // CHUNK_SIZE
     # The keys behind are ABSENT, so that a mask may end at a multiple of 16 and loads stay wide.
     readable = tl.minimum((own + 15) // 16 * 16, num_chunks)
