@@ -164,3 +164,23 @@ def test_keeping_everything_is_a_copy(backend, layout):
     rows = [range(12), range(12)]
     out, _ = run(backend, layout, key, value, selection_of(rows, device=backend.device))
     check_output(out, layout, keys, rows)
+
+
+@pytest.mark.parametrize("layout", PAGED)
+def test_block_tables_may_be_slices_of_wider_ones(backend, layout):
+    tokens = sequences()
+    selection = selection_of(ROWS, device=backend.device)
+    key, value = caches(layout, tokens, sequences(seed=1))
+    expected = run(backend, layout, key, value, selection)
+    table = key.arguments["block_table"]
+    wider = torch.full((len(table), table.shape[1] + 5), -1, dtype=torch.int32, device=backend.device)
+    wider[:, : table.shape[1]] = table.to(wider)
+    narrow = wider[:, : table.shape[1]]
+    key.arguments["block_table"] = narrow
+    out = tuple(torch.zeros_like(cache) for cache in expected)
+    blocks = torch.arange(len(out[0]), dtype=torch.int32, device=backend.device).view(len(table), -1)
+    out_table = torch.cat([blocks, blocks], 1)[:, : blocks.shape[1]]
+    buffers = (place(cache.buffer, backend.device) for cache in (key, value))
+    how = {"layout": layout, "block_table": narrow, "out": out, "out_block_table": out_table, "backend": backend.name}
+    for actual, wanted in zip(spk.gather_kv(*buffers, selection, **how), expected, strict=True):
+        same(actual, wanted)

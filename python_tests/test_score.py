@@ -201,3 +201,12 @@ def test_random_problems(backend, data):
         seed=data.draw(st.integers(0, 99), "seed"),
     )
     check(case, backend)
+
+
+@pytest.mark.parametrize("layout", ["paged_nhd", "paged_hnd"])
+def test_a_block_table_may_be_a_slice_of_a_wider_one(backend, layout):
+    problem = draw(Case(layout=layout, seq_lens=(45, 20)))
+    table = problem.arguments(backend.device)["block_table"]
+    wider = torch.full((len(table), table.shape[1] + 5), -1, dtype=table.dtype, device=table.device)
+    wider[:, : table.shape[1]] = table
+    assert_close(problem.run(backend, block_table=wider[:, : table.shape[1]]), problem.expected())

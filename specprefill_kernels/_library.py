@@ -59,6 +59,11 @@ def _int32(x: Tensor | None, name: str = "") -> Tensor | None:
     return x.to(torch.int32).contiguous()
 
 
+def _table(x: Tensor | None) -> Tensor | None:
+    """A block table as the kernels read it: int32, rows of any stride. Engines hand over slices of a larger one."""
+    return x if x is not None and x.dtype == torch.int32 and x.stride(1) == 1 else _int32(x)
+
+
 def _written(*outputs: Tensor) -> None:
     """Kernels write behind autograd's back; whoever saved one of these for a backward pass must be told."""
     for output in outputs:
@@ -94,7 +99,7 @@ def _score_layers_(
     sequences = Sequences(
         _int32(seq_lens, "seq_lens"),
         _int32(cu_seqlens, "cu_seqlens"),
-        _int32(block_table),
+        _table(block_table),
         _int32(num_look_ahead, "num_look_ahead"),
     )
     _checks.writable("state", state)
@@ -200,7 +205,7 @@ def _gather_kv_out_(
         _checks.disjoint(f"out[{i}]", out, caches)
     _checks.disjoint("out[1]", out_value, [("out[0]", out_key)])
     run = _backends.implementation("gather_kv", "gather_kv", backend, key_cache.device.type)
-    tables = (_int32(block_table), _int32(cu_seqlens, "cu_seqlens"), _int32(out_block_table))
+    tables = (_table(block_table), _int32(cu_seqlens, "cu_seqlens"), _table(out_block_table))
     run((key_cache, value_cache), (out_key, out_value), indices, num_kept, layout, *tables)
     _written(out_key, out_value)
 

@@ -39,7 +39,7 @@ def _copy_cache(
     inner_tiles,
     heads,
     inner,  # words of a head, or of all heads where they lie side by side
-    source_shape,  # blocks (1 where not paged), tokens (of a block where paged), table width
+    source_shape,  # blocks (1 where not paged), tokens (of a block where paged), table width, table stride
     target_shape,
     source_strides,  # batch or block, head, token, word
     target_strides,
@@ -58,11 +58,11 @@ def _copy_cache(
     position = tl.load(indices + at, mask=kept, other=0).to(tl.int64)
     if block_table is not None:
         valid = (position >= 0) & (position < tl.full((), source_shape[1], tl.int64) * source_shape[2])
-        entry = b * source_shape[2] + position // source_shape[1]
+        entry = b * source_shape[3] + position // source_shape[1]
         block = tl.load(block_table + entry, mask=kept & valid, other=-1).to(tl.int64)
         valid = valid & (block >= 0) & (block < source_shape[0])
         source_at = block * source_strides[0] + position % source_shape[1] * source_strides[2]
-        entry = b * target_shape[2] + slot // target_shape[1]
+        entry = b * target_shape[3] + slot // target_shape[1]
         out_block = tl.load(out_block_table + entry, mask=kept & (slot // target_shape[1] < target_shape[2]), other=-1)
         kept = kept & (out_block >= 0) & (out_block < target_shape[0])
         target_at = out_block.to(tl.int64) * target_strides[0] + slot % target_shape[1] * target_strides[2]
@@ -227,7 +227,7 @@ def gather_kv(
     keys, values = (_side(cache, out, layout, width) for cache, out in zip(caches, outs))
     token = token_axis(layout)
     shapes = [
-        (x.shape[0], x.shape[token], 0 if table is None else table.shape[1])
+        (x.shape[0], x.shape[token], *((0, 0) if table is None else (table.shape[1], table.stride(0))))
         for x, table in ((caches[0], block_table), (outs[0], out_block_table))
     ]
     _triton.launch(

@@ -236,7 +236,7 @@ def pool_max(
         if VALID_EDGE:
             inside = tl.minimum(out + half, length - 1) - tl.maximum(out - half, 0) + 1
             inside = tl.maximum(inside, 1).to(tl.float32)[None, :]
-        bits = (bits.to(tl.float32, bitcast=True) / inside).to(tl.int32, bitcast=True)
+        bits = tl.div_rn(bits.to(tl.float32, bitcast=True), inside).to(tl.int32, bitcast=True)
         here = (out < out0 + out_tokens) & (out < length)
         target = state.to(tl.pointer_type(tl.int32)) + b.to(tl.int64) * state_stride_b
         if ONE_ROW:

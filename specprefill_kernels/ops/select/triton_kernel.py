@@ -7,6 +7,9 @@
 
 Bytes that must move, for a sequence of T tokens and C chunks: 4T (+T with `protect`) in, 4K indices out; between the
 launches 4C keys (+8C masses) and the kept chunk ids, all out of the second-level cache.
+
+fp64 sums are taken in the order of a tile's layout, which follows alignment: a batch equals its sequences alone, and
+this backend the others, unless a sum lies within 2^-53 of where its rounding to fp32 changes.
 """
 
 import struct
