@@ -184,3 +184,22 @@ def test_block_tables_may_be_slices_of_wider_ones(backend, layout):
     how = {"layout": layout, "block_table": narrow, "out": out, "out_block_table": out_table, "backend": backend.name}
     for actual, wanted in zip(spk.gather_kv(*buffers, selection, **how), expected, strict=True):
         same(actual, wanted)
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd", "packed", "paged_nhd", "paged_hnd"])
+@pytest.mark.parametrize("lengths", [(1500, 700), (5,) * 140], ids=["long", "many"])
+def test_more_than_one_tile(backend, layout, lengths):
+    tokens = sequences(seq_lens=lengths)
+    rows = random_rows(lengths)
+    key, value = caches(layout, tokens, tokens)
+    out, _ = run(backend, layout, key, value, selection_of(rows, device=backend.device))
+    check_output(out, layout, tokens, rows)
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+def test_wide_heads(backend, layout):
+    tokens = sequences(seq_lens=(7, 5), dim=3000)
+    key, value = caches(layout, tokens, tokens)
+    rows = [[0, 6], [2]]
+    out, _ = run(backend, layout, key, value, selection_of(rows, device=backend.device))
+    check_output(out, layout, tokens, rows)

@@ -180,3 +180,26 @@ def test_random_gathers(backend, data):
     x = restride(values_of(dtype, *shape), data.draw(st.sampled_from(STRIDES), "strides"))
     width = max(map(len, rows)) + data.draw(st.integers(0, 5), "wider")
     check(backend, x, rows, token_dim=len(before) + 1, starts=starts, width=width)
+
+
+def test_a_large_batch(backend):
+    check(backend, values_of(torch.int64, 300, 9), random_rows([9] * 300))
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize(("shape", "token_dim"), [((2, 3, 2, 3, 40), 4), ((3, 40, 2, 3, 2), 1)], ids=str)
+def test_three_axes_on_a_side(backend, shape, token_dim, strides):
+    rows = [[0, 1, 5, 39], [7], [10, 11, 12]]
+    check(backend, restride(values_of(torch.float32, *shape), strides), rows, token_dim=token_dim, width=8)
+
+
+def test_rows_wider_and_longer_than_a_tile(backend):
+    check(backend, values_of(torch.float64, 2, 20, 3000), [[0, 3, 19], [4]])
+    check(backend, values_of(torch.int64, 2, 20_000), random_rows((20_000, 19_000)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_values(backend, dtype):
+    x = torch.randn(2, 9, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(backend.device).conj()
+    packed = spk.gather_tokens(x, selection_of([[0, 8], [3]], device=backend.device), backend=backend.name)
+    assert torch.equal(packed.values[:3].cpu(), torch.stack([x[0, 0], x[0, 8], x[1, 3]]).cpu())

@@ -210,3 +210,33 @@ def test_a_block_table_may_be_a_slice_of_a_wider_one(backend, layout):
     wider = torch.full((len(table), table.shape[1] + 5), -1, dtype=table.dtype, device=table.device)
     wider[:, : table.shape[1]] = table
     assert_close(problem.run(backend, block_table=wider[:, : table.shape[1]]), problem.expected())
+
+
+def test_a_key_scale_with_steps(backend):
+    problem = draw(Case(heads=(6, 3), key_scale="per_head"))
+    assert_close(
+        problem.run(backend, key_scale=place(restride(problem.key_scale, "stepped"), backend.device)),
+        problem.expected(),
+    )
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_code_of_e4m3_is_seen(backend, code):
+    problem = draw(Case(dtypes=(BF16, E4M3)))
+    key = problem.arguments(backend.device)["key"]
+    key.view(torch.uint8)[0, 1, 3, 5] = code
+    if backend.checks_values:
+        with pytest.raises(ValueError, match=r"^query or key of sequence 0: expected .*, got "):
+            problem.run(backend, key=key)
+    else:
+        assert problem.run(backend, key=key)[0].isnan().any()
+
+
+def test_nan_in_a_look_ahead_key_is_seen(backend):
+    problem = draw(Case(look_ahead=3, options={"normalize_over": "visible"}))
+    problem.keys[1][-1] = float("nan")
+    if backend.checks_values:
+        with pytest.raises(ValueError, match=r"^query or key of sequence 1: expected .*, got "):
+            problem.run(backend)
+    else:
+        assert problem.run(backend)[1].isnan().any()

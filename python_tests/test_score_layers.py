@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from grid import on_backends, same
-from layouts import LAYOUTS
+from layouts import LAYOUTS, STRIDES, place, restride
 from scoring import BF16, E4M3, FP16, FP32, Case, assert_close, draw
 
 import specprefill_kernels as spk
@@ -140,3 +140,45 @@ def test_a_workspace_for_layers_that_differ(backend):
     workspace = torch.empty(size, dtype=torch.uint8, device=backend.device)
     problems = [draw(case) for case in cases]
     same(run_layers(problems, backend, workspace=workspace), run_layers(problems, backend))
+
+
+def test_each_layer_has_its_own_key_scale_in_its_sum(backend):
+    scales = (0.5, torch.tensor([1.5, 0.3]), torch.tensor([0.9, 7.0, 0.2, 7.0])[::2])
+    problems = [draw(BASE.but(seed=i)) for i in range(3)]
+    for problem, scale in zip(problems, scales, strict=True):
+        problem.key_scale = scale
+    expected = np.maximum.reduce([problem.expected() for problem in problems])
+    assert_close(run_layers(problems, backend).numpy(), expected)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_layers_of_one_launch_have_their_own_key_scales(backend, lse):
+    """Both where the sum is given and where it is taken; tensors of one kind share a launch."""
+    for scales in (
+        (0.5, 1.5, 1.0),
+        [torch.rand(2, generator=torch.Generator().manual_seed(i)) + 0.2 for i in range(3)],
+    ):
+        problems = [draw(BASE.but(lse=lse, key_scale=scale, seed=i)) for i, scale in enumerate(scales)]
+        expected = np.maximum.reduce([problem.expected() for problem in problems])
+        assert_close(run_layers(problems, backend).numpy(), expected)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_layers_may_differ_in_strides(backend, lse):
+    cases = [
+        BASE.but(strides=keys, query_strides=queries, lse=lse, seed=i)
+        for i, (keys, queries) in enumerate(zip(STRIDES, STRIDES[::-1], strict=True))
+    ]
+    problems = [draw(case) for case in cases]
+    expected = np.maximum.reduce([problem.expected() for problem in problems])
+    given = [place(restride(p.lse, how), backend.device) for p, how in zip(problems, STRIDES)] if lse else None
+    assert_close(run_layers(problems, backend, **({"lse": given} if lse else {})).numpy(), expected)
+
+
+@pytest.mark.parametrize("length", [253, 255, 256, 512])
+def test_a_workspace_holds_the_sums_of_look_ahead_keys(backend, length):
+    options = {"normalize_over": "visible"}
+    case = Case(seq_lens=(length,), look_ahead=16, heads=(4, 1), head_dim=16, dtypes=(BF16, BF16), options=options)
+    same(
+        run_layers(layers_of(case), backend, workspace=a_workspace(case, backend)), run_layers(layers_of(case), backend)
+    )

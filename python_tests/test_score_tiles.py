@@ -109,3 +109,22 @@ def test_a_long_sequence_alone_equals_the_same_in_a_batch(backend):
         state = spk.new_state(1, LONG.look_ahead, length, backend.device)
         spk.score_layer_(state, query, key, seq_lens=arguments["seq_lens"][b : b + 1], backend=backend.name)
         same(state.cpu(), together[b : b + 1, :, :length], f"sequence {b}")
+
+
+def test_many_stretches_join(backend):
+    """More than are joined at once; the largest logit comes last, so that all sums before it are rescaled."""
+    problem = draw(LONG.but(seq_lens=(backend.sized(35000, 9000), 300), heads=(1, 1), look_ahead=1))
+    for b in range(2):
+        problem.keys[b][-1, 0] = problem.query[b, 0, 0]
+    assert_close(problem.run(backend), problem.expected())
+
+
+@pytest.mark.parametrize("lengths", [(253, 254), (255, 256), (511, 512), (1023, 1024)], ids=str)
+def test_look_ahead_keys_in_a_stretch_of_their_own(backend, lengths):
+    check(LONG.but(seq_lens=lengths, look_ahead=3, options={"normalize_over": "visible"}), backend)
+
+
+@pytest.mark.parametrize("window", range(119, 126))
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+def test_windows_that_begin_around_a_tile_boundary(backend, queries, window):
+    check(LONG.but(seq_lens=(250, 253), look_ahead=3, options={"queries": queries, "window": window}), backend)

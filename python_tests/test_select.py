@@ -237,3 +237,44 @@ def test_random_selections(backend, data):
         tail=data.draw(st.sampled_from([0, 0, 1, 20]), "tail"),
         **budget,
     )
+
+
+def test_a_mean_that_rounds_to_minus_zero_ties_with_zero(backend):
+    importance = torch.zeros(1, 8)
+    importance[0, 0] = -(2.0**-149)  # a quarter of it is beyond fp32
+    assert compare(backend, importance, keep_tokens=4, chunk_size=4).spans(0) == [(0, 4)]
+
+
+def test_a_chunk_longer_than_a_program_sums(backend):
+    size = 70_000
+    importance = torch.zeros(1, 3 * size - 5)
+    importance[0, :10], importance[0, 2 * size - 10 : 2 * size] = 5, 1
+    assert compare(backend, importance, keep_tokens=size, chunk_size=size).spans(0) == [(0, size)]
+    protect = a_mask(1, 3 * size - 5, [2 * size])
+    assert compare(backend, importance, keep_tokens=size, chunk_size=size, protect=protect).spans(0) == [
+        (2 * size, 3 * size - 5)
+    ]
+
+
+@pytest.mark.parametrize("rounding", ["ceil", "floor"])
+def test_more_chunks_than_a_program_holds(backend, rounding):
+    compare(backend, ramp(2, 140_000), (140_000, 40_001), keep_ratio=0.71, chunk_size=1, rounding=rounding)
+    compare(backend, (ramp(1, 70_000) * 3).round(), keep_ratio=0.41, chunk_size=1, rounding=rounding)
+
+
+def test_a_mass_of_many_chunks(backend):
+    compare(backend, torch.ones(2, 9000), (9000, 5100), keep_mass=0.6, chunk_size=1)
+    compare(backend, torch.linspace(1, 0.01, 9000)[None], keep_mass=0.3, chunk_size=1)
+
+
+@pytest.mark.parametrize(("ratio", "chunks", "kept"), [(1 / 3, 6, 2), (1 / 7, 35, 5)])
+def test_floor_of_a_ratio_just_below_a_whole_number(backend, ratio, chunks, kept):
+    selection = compare(backend, ramp(1, chunks * 4), keep_ratio=ratio, chunk_size=4, rounding="floor")
+    assert int(selection.num_kept[0]) == kept * 4
+
+
+@pytest.mark.parametrize(("mass", "kept"), [(0.07, 7), (0.14, 14), (0.55, 55), (0.68, 68)])
+def test_a_mass_that_rounding_carries_beyond_the_sum(backend, mass, kept):
+    """The product of fraction and total, in fp64, is above the sum of the chunks that hold it."""
+    selection = compare(backend, torch.full((1, 100), 0.1), keep_mass=mass, chunk_size=1)
+    assert selection.num_kept.tolist() == [kept]
