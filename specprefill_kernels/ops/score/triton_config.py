@@ -83,7 +83,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int], tuple[int, int, int]]]
 }
 # Operands in fp32 are read in parts of 32 dimensions (see PARTS), so that a row has 128 bytes whatever head_dim is;
 # their halves leave registers for tiles half as large.
-_FP32 = ((64, 16, 3), (32, 16, 3))
+_FP32 = ((64, 16, 3), (32, 16, 2))
 # Keys that are not contiguous or not aligned to 16 bytes, and heads beyond 256 dimensions: a path that has to be right,
 # not fast. The smallest tiles, as keys pass through registers.
 _NARROW = ((32, 16, 2), (32, 16, 2))
