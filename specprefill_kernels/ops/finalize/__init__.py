@@ -40,7 +40,8 @@ def finalize_importance(
         [B, T] fp32.
 
     Raises:
-        ValueError: an argument is wrong; on CPU tensors also NaN or Inf among the valid entries of `state`.
+        ValueError: an argument is wrong; on CPU tensors also NaN or Inf among the valid entries of `state`, which on
+            CUDA tensors stay in the importance of their positions.
         BackendUnavailable: a backend asked for by name cannot run.
     """
     _backends.check_name(backend)
