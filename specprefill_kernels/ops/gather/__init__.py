@@ -59,7 +59,8 @@ def gather_tokens(
         Packed.
 
     Raises:
-        ValueError: an argument is wrong; on CPU tensors also a selected position beyond x, for which CUDA tensors give 0.
+        ValueError: an argument is wrong; on CPU tensors also a selected position beyond x, for which CUDA tensors
+            give 0.
         BackendUnavailable: a backend asked for by name cannot run.
     """
     _backends.check_name(backend)

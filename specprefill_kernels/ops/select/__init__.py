@@ -66,10 +66,10 @@ def select_chunks(
     Zhang, arXiv 2502.02789, section 3). Means are summed in fp64 and compared in fp32.
 
     Args:
-        importance: [B, T] fp32; NaN and Inf are errors on CPU tensors. CUDA tensors are not read on the host: there NaN
-            ranks above every number, as in torch.topk. To force tokens in, use `protect`.
-        seq_lens: [B] integers in [1, T]. Default: T. On CUDA tensors a longer one counts as T, and a slot with 0 or less
-            keeps nothing.
+        importance: [B, T] fp32; NaN and Inf are errors on CPU tensors. CUDA tensors are not read on the host: there
+            NaN ranks above every number, as in torch.topk. To force tokens in, use `protect`.
+        seq_lens: [B] integers in [1, T]. Default: T. On CUDA tensors a longer one counts as T, and a slot with 0 or
+            less keeps nothing.
         keep_ratio: fraction of chunks KEPT, in (0, 1]: ceil(keep_ratio * n_chunks) chunks. A product within 1e-9 of
             an integer counts as that integer, so 0.7 of 10 chunks is 7.
         keep_tokens: tokens kept, rounded to chunks by `rounding`.
