@@ -36,6 +36,9 @@ STAMP = VENV / "setup.json"
 
 # The newest torch the kernels were tested with; any torch >= 2.6 works (see pyproject.toml).
 TORCH = "torch==2.13.0"
+# The Triton that pairs with it: a CUDA build of torch brings one, a CPU build does not. Interpreters differ: that of 3.9
+# refuses masks that those of 3.6 and 3.7 take.
+TRITON = "triton==3.7.1"
 EXTRAS = {
     "demo": "demo",
     "test": "test",
@@ -194,6 +197,12 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
+def install_triton() -> None:
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)"
+    if subprocess.run([str(PYTHON), "-c", probe]).returncode:
+        need(TRITON, pip("install", TRITON))
+
+
 def set_up(extras: str) -> None:
     wanted = set(extras.split(","))
     source = fingerprint()
@@ -208,6 +217,8 @@ def set_up(extras: str) -> None:
     make_environment()
     install_torch()
     every = sorted(wanted | have)
+    if "triton" in every:
+        install_triton()
     need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", f"{ROOT}[{','.join(every)}]"))
     STAMP.write_text(json.dumps({"source": source, "extras": every}))
 
