@@ -36,8 +36,8 @@ STAMP = VENV / "setup.json"
 
 # The newest torch the kernels were tested with; any torch >= 2.6 works (see pyproject.toml).
 TORCH = "torch==2.13.0"
-# The Triton that pairs with it: a CUDA build of torch brings one, a CPU build does not. Interpreters differ: that of 3.9
-# refuses masks that those of 3.6 and 3.7 take.
+# The Triton that pairs with it: a CUDA build of torch brings one, a CPU build does not. Interpreters differ: that of
+# 3.9 refuses masks that those of 3.6 and 3.7 take.
 TRITON = "triton==3.7.1"
 EXTRAS = {
     "demo": "demo",
