@@ -34,7 +34,8 @@ typedef enum {
   SPECPREFILL_OK = 0,
   SPECPREFILL_INVALID_ARGUMENT = 1,
   SPECPREFILL_NOT_FINITE = 2, /* NaN or Inf where the definition has no answer */
-  SPECPREFILL_OUT_OF_MEMORY = 3
+  SPECPREFILL_OUT_OF_MEMORY = 3,
+  SPECPREFILL_CUDA_ERROR = 4 /* the message names the kernel, its shapes and CUDA's own error */
 } specprefill_status;
 
 typedef enum {
@@ -202,6 +203,54 @@ typedef struct {
 
 /* Copies the kept tokens; what lies behind them in target stays as it is. source and target must not overlap. */
 SPECPREFILL_API int specprefill_gather_kv_cpu(const specprefill_gather_kv* args, int num_threads);
+
+/* ---- CUDA ----
+ *
+ * The same ops on the calling thread's current device, in builds that have them. The argument structs and the array of
+ * layers lie in host memory and may be changed as soon as a call returns; every pointer inside them is device memory.
+ * Calls queue their work on `stream` (a cudaStream_t; NULL: the default stream) and return: they never wait, never read
+ * device memory on the host, and allocate nothing when a workspace is given, so that CUDA graphs can capture them.
+ * workspace NULL: taken from the device's memory pool, in stream order. A workspace needs no initial contents and may
+ * be used again by the next call on the same stream.
+ *
+ * Sizes, strides, enums and options are checked as in the _cpu functions. Contents of device memory are not: lengths
+ * are clamped to their buffers, positions and blocks outside of them count as absent, a sequence of length 0 keeps
+ * nothing, and NaN stays NaN. Nothing is read or written outside the buffers that the arguments describe.
+ */
+
+/* "" where the current device can run the kernels of this build, else why it cannot. Valid until this thread's next
+ * call. */
+SPECPREFILL_API const char* specprefill_cuda_unavailable(void);
+
+/* What the kernels were compiled for, as in "sm_80 sm_90 compute_120". */
+SPECPREFILL_API const char* specprefill_cuda_architectures(void);
+
+/* Enough for any layers of at most these sizes and at least num_kv_heads KV heads. 0: a size is not possible. */
+SPECPREFILL_API size_t specprefill_score_workspace_size_cuda(int64_t batch, int64_t look_ahead, int64_t num_q_heads,
+                                                             int64_t num_kv_heads, int64_t head_dim, int64_t max_len,
+                                                             int64_t layers, int64_t pool_kernel_size);
+SPECPREFILL_API int specprefill_score_layers_cuda(const specprefill_score* args, const specprefill_layer* layers,
+                                                  int64_t num_layers, void* workspace, size_t workspace_bytes,
+                                                  void* stream);
+
+SPECPREFILL_API int specprefill_finalize_cuda(const specprefill_finalize* args, void* stream);
+
+/* For specprefill_select_cuda and specprefill_select_tokens_cuda; sizes and budget are read. 0: one is not possible. */
+SPECPREFILL_API size_t specprefill_select_workspace_size_cuda(const specprefill_select* args);
+SPECPREFILL_API int specprefill_select_cuda(const specprefill_select* args, void* workspace, size_t workspace_bytes,
+                                            void* stream);
+
+SPECPREFILL_API int specprefill_gather_tokens_cuda(const specprefill_gather_tokens* args, void* stream);
+
+/* num_caches: 1, or 2 for keys and values in one launch. */
+SPECPREFILL_API int specprefill_gather_kv_cuda(const specprefill_gather_kv* args, int64_t num_caches, void* stream);
+
+/* From the state to packed tokens: finalize's importance is select's input, select's indices are gather's. gather may be
+ * NULL. */
+SPECPREFILL_API int specprefill_select_tokens_cuda(const specprefill_finalize* finalize,
+                                                   const specprefill_select* select,
+                                                   const specprefill_gather_tokens* gather, void* workspace,
+                                                   size_t workspace_bytes, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,105 @@
+// How kernels are launched: checked, on the caller's stream and current device, with an error that says which kernel.
+#pragma once
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "common/device.cuh"
+#include "common/status.h"
+
+namespace specprefill {
+
+// What a launch is called in an error: the kernel's name and, printf-style, its shapes.
+struct LaunchName {
+  char text[256];
+
+  __attribute__((format(printf, 2, 3))) explicit LaunchName(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+  }
+};
+
+inline int cuda_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return SPECPREFILL_OK;
+  return fail(SPECPREFILL_CUDA_ERROR, "%s: %s", what, cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+int launch(const LaunchName& name, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes,
+           cudaStream_t stream, const A&... arguments) {
+  // An error that an earlier call of somebody else left behind is not this launch's.
+  (void)cudaGetLastError();
+  if (shared_bytes > (48 << 10)) {
+    SPECPREFILL_TRY(cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(shared_bytes)),
+                                name.text));
+  }
+#if defined(SPECPREFILL_EMULATED)
+  emulation::launch(grid, dim3(threads), shared_bytes, [=] { kernel(static_cast<P>(arguments)...); });
+#else
+  kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<P>(arguments)...);
+#endif
+  return cuda_status(cudaGetLastError(), name.text);
+}
+
+// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  SPECPREFILL_TRY(cuda_status(cudaGetDevice(&device), "cudaGetDevice"));
+  return cuda_status(cudaDeviceGetAttribute(value, attribute, device), "cudaDeviceGetAttribute");
+}
+
+// Blocks of a kernel that the current device runs at a time: the size of a grid that takes its work by tickets.
+template <class... P>
+int resident_blocks(void (*kernel)(P...), unsigned threads, size_t shared_bytes, int* blocks) {
+  int processors = 0, each = 0;
+  SPECPREFILL_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &processors));
+  if (shared_bytes > (48 << 10)) {
+    SPECPREFILL_TRY(cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(shared_bytes)),
+                                "cudaFuncSetAttribute"));
+  }
+  SPECPREFILL_TRY(cuda_status(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared_bytes),
+      "cudaOccupancyMaxActiveBlocksPerMultiprocessor"));
+  *blocks = processors * (each > 0 ? each : 1);
+  return SPECPREFILL_OK;
+}
+
+// Scratch memory of one call: the caller's, or taken from the device's pool and given back behind the work.
+class Workspace {
+ public:
+  Workspace(void* given, size_t given_bytes, size_t needed, cudaStream_t stream)
+      : given_(given), given_bytes_(given_bytes), needed_(needed), stream_(stream) {}
+  ~Workspace() {
+    if (own_) (void)cudaFreeAsync(own_, stream_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // *memory: at least `needed` bytes, a multiple of 256.
+  int take(unsigned char** memory) {
+    if (!given_) {
+      SPECPREFILL_TRY(cuda_status(cudaMallocAsync(&own_, needed_, stream_), "workspace: cudaMallocAsync"));
+      *memory = static_cast<unsigned char*>(own_);
+      return SPECPREFILL_OK;
+    }
+    const size_t skip = (kAlign - reinterpret_cast<uintptr_t>(given_) % kAlign) % kAlign;
+    SPECPREFILL_REQUIRE(given_bytes_ >= needed_ + skip, "workspace: expected at least %zu bytes, got %zu",
+                        needed_ + skip, given_bytes_);
+    *memory = static_cast<unsigned char*>(given_) + skip;
+    return SPECPREFILL_OK;
+  }
+
+  static constexpr size_t kAlign = 256;
+
+ private:
+  void* given_;
+  size_t given_bytes_, needed_;
+  cudaStream_t stream_;
+  void* own_ = nullptr;
+};
+
+}  // namespace specprefill
