@@ -230,7 +230,10 @@ def call(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> 
 
 def lint() -> int:
     cpp = [
-        str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".c", ".cu", ".cuh")
+        str(path)
+        for folder in ("csrc", "examples")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in CPP_SUFFIXES
     ]
     checks = [
         ["ruff", "check", "."],
