@@ -9,6 +9,7 @@
 #include "common/parallel.h"
 #include "common/sequences.h"
 #include "common/status.h"
+#include "finalize/check.h"
 
 namespace specprefill {
 namespace {
@@ -17,19 +18,7 @@ constexpr int64_t kTile = 4096;
 
 long long ll(int64_t x) { return static_cast<long long>(x); }
 
-int check(const specprefill_finalize& args) {
-  SPECPREFILL_REQUIRE(args.state && args.importance, "state: expected memory, got a null pointer");
-  SPECPREFILL_REQUIRE(args.batch >= 1 && args.look_ahead >= 1 && args.max_len >= 1,
-                      "state: expected no empty dimension [B, N, T], got [%lld, %lld, %lld]", ll(args.batch),
-                      ll(args.look_ahead), ll(args.max_len));
-  SPECPREFILL_REQUIRE(args.batch <= kMaxSize && args.look_ahead <= kMaxSize && args.max_len <= kMaxSize,
-                      "state: expected dimensions below 2^31, got [%lld, %lld, %lld]", ll(args.batch),
-                      ll(args.look_ahead), ll(args.max_len));
-  SPECPREFILL_TRY(check_enum("reduce", args.reduce, SPECPREFILL_MAX));
-  SPECPREFILL_TRY(check_enum("pool_edge", args.pool_edge, SPECPREFILL_POOL_VALID));
-  SPECPREFILL_REQUIRE(args.pool_kernel_size >= 1 && args.pool_kernel_size % 2 == 1,
-                      "pool_kernel_size: expected an odd number (a centred window), got %lld",
-                      ll(args.pool_kernel_size));
+int check_contents(const specprefill_finalize& args) {
   SPECPREFILL_TRY(check_lengths("seq_lens", args.seq_lens, args.batch, args.max_len));
   return check_lengths("num_look_ahead", args.num_look_ahead, args.batch, args.look_ahead);
 }
@@ -112,7 +101,8 @@ using namespace specprefill;
 int specprefill_finalize_cpu(const specprefill_finalize* args, int num_threads) {
   return guarded("finalize_importance", [&]() -> int {
     SPECPREFILL_REQUIRE(args, "args: expected a specprefill_finalize, got a null pointer");
-    SPECPREFILL_TRY(check(*args));
+    SPECPREFILL_TRY(check_finalize(*args));
+    SPECPREFILL_TRY(check_contents(*args));
     num_threads = clamp_threads(num_threads);
     std::vector<float> rows(static_cast<size_t>(num_threads) * kTile);
     std::atomic<bool> finite{true};

@@ -8,6 +8,7 @@
 #include "common/parallel.h"
 #include "common/sequences.h"
 #include "common/status.h"
+#include "gather/check.h"
 
 namespace specprefill {
 namespace {
@@ -51,24 +52,6 @@ int64_t product(const int64_t* sizes, int num) {
   return total;
 }
 
-int check_sizes(int64_t batch, int64_t width, int64_t item_bytes) {
-  SPECPREFILL_REQUIRE(batch >= 1 && width >= 1 && batch <= kMaxSize && width <= kMaxSize / batch,
-                      "selection.indices: expected dimensions [B, K] from 1 on, B * K below 2^31, got [%lld, %lld]",
-                      ll(batch), ll(width));
-  SPECPREFILL_REQUIRE(item_bytes >= 1 && item_bytes <= kMaxSize, "item_bytes: expected at least 1, got %lld",
-                      ll(item_bytes));
-  return SPECPREFILL_OK;
-}
-
-// Multiplies `total` by the sizes.
-int check_dims(const int64_t* sizes, int num, int64_t* total) {
-  for (int i = 0; i < num; ++i) {
-    SPECPREFILL_REQUIRE(sizes[i] >= 0 && !__builtin_mul_overflow(*total, sizes[i], total),
-                        "x: expected sizes that memory can hold, got %lld", ll(sizes[i]));
-  }
-  return SPECPREFILL_OK;
-}
-
 // Kept positions i, i + 1, ... that follow each other in the prompt too; at least 1, up to `last`. Selections come in
 // chunks, so this is how most tokens are copied.
 int64_t run_length(const int32_t* kept, int64_t i, int64_t last) {
@@ -79,21 +62,7 @@ int64_t run_length(const int32_t* kept, int64_t i, int64_t last) {
 
 // ---- gather_tokens ----
 
-int check(const specprefill_gather_tokens& args) {
-  SPECPREFILL_REQUIRE(args.indices && args.num_kept && args.position_ids && args.offsets,
-                      "selection: expected memory, got a null pointer");
-  SPECPREFILL_TRY(check_sizes(args.batch, args.width, args.item_bytes));
-  SPECPREFILL_REQUIRE(args.num_outer >= 0 && args.num_outer <= SPECPREFILL_MAX_DIMS && args.num_inner >= 0 &&
-                          args.num_inner <= SPECPREFILL_MAX_DIMS,
-                      "x: expected at most %d dimensions on each side of the tokens, got %d and %d",
-                      SPECPREFILL_MAX_DIMS, args.num_outer, args.num_inner);
-  int64_t outer = 1, inner = args.item_bytes, all;
-  SPECPREFILL_TRY(check_dims(args.outer_sizes, args.num_outer, &outer));
-  SPECPREFILL_TRY(check_dims(args.inner_sizes, args.num_inner, &inner));
-  SPECPREFILL_REQUIRE(
-      !__builtin_mul_overflow(outer, inner, &all) && !__builtin_mul_overflow(all, args.batch * args.width, &all),
-      "x: expected a result that memory can hold, got %lld elements per token of %lld bytes", ll(outer), ll(inner));
-  SPECPREFILL_REQUIRE(all == 0 || (args.x && args.values), "x and values: expected memory, got a null pointer");
+int check_contents(const specprefill_gather_tokens& args) {
   if (args.cu_seqlens) SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, args.tokens));
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t room = args.cu_seqlens ? args.cu_seqlens[b + 1] - args.cu_seqlens[b] : args.tokens;
@@ -171,28 +140,10 @@ int check_distinct_blocks(const specprefill_gather_kv& args) {
   return SPECPREFILL_OK;
 }
 
-int check(const specprefill_gather_kv& args) {
+int check_contents(const specprefill_gather_kv& args) {
   const specprefill_cache &source = args.source, &target = args.target;
-  SPECPREFILL_REQUIRE(source.data && target.data && args.indices && args.num_kept,
-                      "cache and selection: expected memory, got a null pointer");
-  SPECPREFILL_TRY(check_enum("layout", args.layout, SPECPREFILL_PAGED));
-  SPECPREFILL_TRY(check_sizes(args.batch, args.width, source.item_bytes));
-  SPECPREFILL_REQUIRE(source.tokens >= 1 && source.heads >= 1 && source.head_dim >= 1 && target.tokens >= 1 &&
-                          source.heads == target.heads && source.head_dim == target.head_dim &&
-                          source.item_bytes == target.item_bytes,
-                      "out: expected the cache's heads, head size and item size");
-  SPECPREFILL_REQUIRE(source.tokens <= kMaxSize && target.tokens <= kMaxSize && target.rows <= kMaxSize &&
-                          source.heads <= kMaxSize && source.head_dim <= kMaxSize / source.item_bytes,
-                      "cache: expected dimensions below 2^31, got %lld tokens, %lld heads of %lld", ll(source.tokens),
-                      ll(source.heads), ll(source.head_dim));
   const bool paged = args.layout == SPECPREFILL_PAGED, packed = args.layout == SPECPREFILL_PACKED;
-  const int64_t rows_needed = args.layout == SPECPREFILL_DENSE ? args.batch : 1;
-  SPECPREFILL_REQUIRE(source.rows >= rows_needed && target.rows >= rows_needed,
-                      "cache: expected %lld sequences, got %lld", ll(rows_needed),
-                      ll(std::min(source.rows, target.rows)));
   if (packed) SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, source.tokens));
-  SPECPREFILL_REQUIRE(!paged || (args.block_table && args.target_block_table),
-                      "block_table: expected with paged caches, got none");
   int64_t total = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t room = source_room(args, b);
@@ -290,7 +241,8 @@ using namespace specprefill;
 int specprefill_gather_tokens_cpu(const specprefill_gather_tokens* args, int num_threads) {
   return guarded("gather_tokens", [&]() -> int {
     SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_tokens, got a null pointer");
-    SPECPREFILL_TRY(check(*args));
+    SPECPREFILL_TRY(check_gather_tokens(*args));
+    SPECPREFILL_TRY(check_contents(*args));
     gather_tokens(*args, clamp_threads(num_threads));
     return SPECPREFILL_OK;
   });
@@ -299,7 +251,8 @@ int specprefill_gather_tokens_cpu(const specprefill_gather_tokens* args, int num
 int specprefill_gather_kv_cpu(const specprefill_gather_kv* args, int num_threads) {
   return guarded("gather_kv", [&]() -> int {
     SPECPREFILL_REQUIRE(args, "args: expected a specprefill_gather_kv, got a null pointer");
-    SPECPREFILL_TRY(check(*args));
+    SPECPREFILL_TRY(check_gather_kv(*args));
+    SPECPREFILL_TRY(check_contents(*args));
     gather_kv(*args, clamp_threads(num_threads));
     return SPECPREFILL_OK;
   });
