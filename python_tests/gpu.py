@@ -39,13 +39,25 @@ def no_host_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors among a call's arguments or results."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (tuple, list)) else []
+
+
+def asked_for_memory() -> int:
+    """How often torch's allocator has been asked for memory so far."""
+    return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+
 def allocations(function: Callable[[], object]) -> int:
     """How often a call, made for the second time, asks the allocator for memory."""
     function()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    before = asked_for_memory()
     function()
-    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+    return asked_for_memory() - before
 
 
 def peak(function: Callable[[], object]) -> int:

@@ -20,12 +20,6 @@ NAN = float("nan")
 BAD = [bad for bad in TABLE if bad.values]
 
 
-def tensors_in(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (tuple, list)) else []
-
-
 @on_gpu_backends("select_tokens")
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{bad.call}: {bad.fault}")
 def test_bad_contents_write_nothing_outside(backend, bad):
@@ -40,7 +34,7 @@ def test_bad_contents_write_nothing_outside(backend, bad):
         pairs = [gpu.guarded(tensor) for tensor in arguments["out"]]
         arguments["out"] = tuple(view for view, _ in pairs)
         guards += [guard for _, guard in pairs]
-    inputs = [t for name, value in arguments.items() if name not in ("state", "out") for t in tensors_in(value)]
+    inputs = [t for name, value in arguments.items() if name not in ("state", "out") for t in gpu.tensors_in(value)]
     before = [tensor.clone() for tensor in inputs]
     call.function(**arguments, backend=backend.name)
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gpu
 import pytest
 import torch
+from calls import CALLS
 from grid import on_gpu_backends, same
 from layouts import lay_out, place
 from scoring import BF16, E4M3
@@ -41,9 +42,21 @@ def inputs(layout: str, dtype: torch.dtype, lengths, rows, seed: int) -> dict[st
     return {name: [place(tensor, "cuda") for tensor in tensors] for name, tensors in named.items()}
 
 
+def fill(given: dict[str, list[torch.Tensor]], new: dict[str, list[torch.Tensor]]) -> None:
+    """The same buffers with other contents: what a graph reads when it is replayed."""
+    for name, tensors in given.items():
+        for tensor, source in zip(tensors, new[name], strict=True):
+            tensor.view(torch.uint8).copy_(source.view(torch.uint8)) if tensor.dtype == E4M3 else tensor.copy_(source)
+
+
+def options_of(given: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What is neither a query, a key nor an id: lengths and tables."""
+    return {name: tensors[0] for name, tensors in given.items() if name not in ("queries", "keys", "ids")}
+
+
 def chain(backend, layout: str, given: dict[str, list[torch.Tensor]], state: torch.Tensor) -> list[torch.Tensor]:
     """Scores of all layers, then the whole tail."""
-    single = {name: tensors[0] for name, tensors in given.items() if name not in ("queries", "keys", "ids")}
+    single = options_of(given)
     state.zero_()
     spk.score_layers_(state, given["queries"], given["keys"], layout=layout, backend=backend.name, **single)
     packed, selection, importance = spk.select_tokens(
@@ -68,9 +81,7 @@ def test_a_graph_replays_with_other_lengths_and_contents(backend, layout, dtype)
     graph, results = gpu.captured(lambda: chain(backend, layout, given, state))
     for seed, (lengths, rows) in enumerate([(LENGTHS, ROWS), ((33, 4096, 4095), (2, 8, 8)), ((1, 1, 1), (1, 1, 1))]):
         other = inputs(layout, dtype, lengths, rows, seed)
-        for name, tensors in given.items():
-            for tensor, new in zip(tensors, other[name], strict=True):
-                tensor.view(torch.uint8).copy_(new.view(torch.uint8)) if tensor.dtype == E4M3 else tensor.copy_(new)
+        fill(given, other)
         graph.replay()
         expected = chain(backend, layout, other, spk.new_state(3, 8, WIDTH, device="cuda"))
         for result, wanted in zip(results, expected, strict=True):
@@ -158,9 +169,7 @@ def test_kernels_run_on_the_current_stream(backend):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # about a tenth of a second
-        for name, tensors in given.items():
-            for tensor, new in zip(tensors, late[name], strict=True):
-                tensor.copy_(new)
+        fill(given, late)
         results = chain(backend, "bhtd", given, state)
     stream.synchronize()
     for result, wanted in zip(results, expected, strict=True):
@@ -181,28 +190,98 @@ def test_tensors_of_another_device_than_the_current(backend):
         same(result, wanted)
 
 
-@on_gpu_backends("score_layers")
-@pytest.mark.parametrize("layout", ["bhtd", "paged_nhd"])
-def test_scoring_into_a_workspace_allocates_nothing(backend, layout):
-    given = inputs(layout, BF16, LENGTHS, ROWS, 0)
-    single = {name: tensors[0] for name, tensors in given.items() if name not in ("queries", "keys", "ids")}
+def scoring_on_a_workspace(backend, layout: str, given: dict[str, list[torch.Tensor]]):
+    """A call that scores all layers on a caller's workspace, the state it writes, and the workspace."""
+    single = options_of(given)
     single["seq_lens"] = single["seq_lens"].int()  # the kernels' own type: another one is converted
+    given["seq_lens"] = [single["seq_lens"]]
     state = spk.new_state(3, 8, WIDTH, device="cuda")
     size = spk.score_workspace_size(8, 4, 2, 64, WIDTH, batch=3, layers=LAYERS, backend=backend.name)
     workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    scratch = {"workspace": workspace, "backend": backend.name}
 
-    def call():
-        spk.score_layers_(
-            state,
-            given["queries"],
-            given["keys"],
-            layout=layout,
-            workspace=workspace,
-            backend=backend.name,
-            **single,
-        )
+    def call() -> None:
+        state.zero_()
+        spk.score_layers_(state, given["queries"], given["keys"], layout=layout, **single, **scratch)
 
+    return call, state, workspace
+
+
+@on_gpu_backends("score_layers")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scoring_into_a_workspace_allocates_nothing(backend, layout):
+    call, _, _ = scoring_on_a_workspace(backend, layout, inputs(layout, BF16, LENGTHS, ROWS, 0))
     assert gpu.allocations(call) == 0
+
+
+@on_gpu_backends("score_layers")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_graph_on_a_workspace_replays_whatever_the_workspace_holds(backend, layout):
+    """Captured without asking for memory; between two replays the workspace is anybody's."""
+    given = inputs(layout, BF16, LENGTHS, ROWS, 0)
+    call, state, workspace = scoring_on_a_workspace(backend, layout, given)
+    asked = []
+
+    def counted() -> None:
+        before = gpu.asked_for_memory()
+        call()
+        asked.append(gpu.asked_for_memory() - before)
+
+    graph, _ = gpu.captured(counted)
+    assert asked[-1] == 0  # the last one is what the graph holds
+    for seed, (lengths, rows) in enumerate([((33, 4096, 4095), (2, 8, 8)), ((1, 1, 1), (1, 1, 1)), (LENGTHS, ROWS)]):
+        other = inputs(layout, BF16, lengths, rows, seed)
+        fill(given, other)
+        workspace.fill_(255 if seed != 1 else 1)
+        graph.replay()
+        expected = spk.new_state(3, 8, WIDTH, device="cuda")
+        single = options_of(other)
+        spk.score_layers_(expected, other["queries"], other["keys"], layout=layout, backend=backend.name, **single)
+        same(state, expected, f"replay {seed}")
+
+
+@on_gpu_backends("select_tokens")
+def test_two_graphs_at_once(backend):
+    """On two streams, round after round: blocks that wait for each other do so while another grid holds the GPU."""
+    sides = []
+    for seed in range(2):
+        given = inputs("bhtd", BF16, LENGTHS, ROWS, seed)
+        state = spk.new_state(3, 8, WIDTH, device="cuda")
+        graph, results = gpu.captured(lambda given=given, state=state: chain(backend, "bhtd", given, state))
+        expected = [t.clone() for t in chain(backend, "bhtd", given, spk.new_state(3, 8, WIDTH, device="cuda"))]
+        sides.append((torch.cuda.Stream(), graph, results, expected, given, state))
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for stream, graph, results, *_ in sides:
+            with torch.cuda.stream(stream):
+                for result in results:
+                    result.zero_()
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, _, results, expected, *_ in sides:
+        for result, wanted in zip(results, expected, strict=True):
+            same(result, wanted)
+
+
+@on_gpu_backends("select_tokens")
+@pytest.mark.parametrize("name", CALLS)
+def test_each_op_waits_for_nothing_and_replays(backend, name):
+    """Every public op in every layout, small."""
+    call, arguments = CALLS[name], CALLS[name].arguments("cuda")
+
+    def run() -> list[torch.Tensor]:
+        return gpu.tensors_in(call.function(**arguments, backend=backend.name))
+
+    expected = [tensor.clone() for tensor in run()]
+    with gpu.no_host_sync():
+        run()
+    graph, results = gpu.captured(run)
+    if not name.startswith("score") and not name.endswith("out"):  # those write into memory that is given
+        for result in results:
+            result.zero_()
+    graph.replay()
+    for result, wanted in zip(results, expected, strict=True):
+        same(result, wanted)
 
 
 @on_gpu_backends("select_tokens")

@@ -146,6 +146,25 @@ def test_selections_of_long_prompts(backend, length, ratio, values):
 
 @pytest.mark.gpu
 @on_gpu_backends("select_chunks")
+@pytest.mark.parametrize("values", ["random", "few"])
+def test_selections_of_many_prompts(backend, values):
+    """256 prompts of up to 4K tokens in one call, many blocks for each processor."""
+    importance = gpu.random(256, 4096, device="cuda").abs()
+    if values == "few":
+        importance = (importance * 3).floor()
+    lengths = [1 + (b * 997) % 4096 for b in range(256)]
+    wanted = gpu.kept_by_sorting(importance, lengths, 0.2, 32)
+    given = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+    selection = spk.select_chunks(importance, given, keep_ratio=0.2, backend=backend.name)
+    counts = selection.num_kept.tolist()
+    for b, kept in enumerate(wanted):
+        assert counts[b] == len(kept), b
+        assert torch.equal(selection.indices[b, : counts[b]].long(), kept), b
+        assert bool((selection.indices[b, counts[b] :] == -1).all()), b
+
+
+@pytest.mark.gpu
+@on_gpu_backends("select_chunks")
 @pytest.mark.parametrize("chunk", [1, 32])
 @pytest.mark.parametrize("options", [{"keep_mass": 0.3}, {"keep_ratio": 0.2, "sink": 100, "tail": 3000}], ids=str)
 def test_other_budgets_of_a_long_prompt(backend, options, chunk):
