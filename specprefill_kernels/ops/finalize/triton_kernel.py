@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specprefill_kernels import _checks, _triton
+from specprefill_kernels import _triton
+from specprefill_kernels.ops.finalize.reference import check_contents
 from specprefill_kernels.ops.finalize.triton_config import choose
-from specprefill_kernels.ops.score.options import look_ahead_rows
 
 unavailable = _triton.unavailable
 DEVICE_TYPE = _triton.DEVICE_TYPE
@@ -122,7 +122,8 @@ def finalize_importance(
     pool_kernel_size: int,
     pool_edge: str,
 ) -> Tensor:
-    check_state(state, seq_lens, num_look_ahead)
+    if _triton.checks_values():
+        check_contents(state, seq_lens, num_look_ahead)
     batch, look_ahead, capacity = state.shape
     importance = torch.empty(batch, capacity, dtype=torch.float32, device=state.device)
     config = choose(_triton.target_of(state), capacity)
@@ -156,14 +157,3 @@ def reduction(reduce: str, pool_kernel_size: int, pool_edge: str) -> dict[str, b
     """The constants of `importance_of`."""
     pool = pool_kernel_size > 1
     return {"REDUCE_MAX": reduce == "max", "POOL": pool, "VALID_EDGE": pool and pool_edge == "valid"}
-
-
-def check_state(state: Tensor, seq_lens: Tensor | None, num_look_ahead: Tensor | None) -> None:
-    """What the definition refuses in a CPU tensor's contents."""
-    if not _triton.checks_values():
-        return
-    batch, look_ahead, capacity = state.shape
-    lengths = _checks.length_values(seq_lens, capacity, batch)
-    rows = look_ahead_rows(batch, look_ahead, num_look_ahead)
-    for b, (length, n) in enumerate(zip(lengths, rows)):
-        _checks.finite_values("state", state[b, :n, :length], b)

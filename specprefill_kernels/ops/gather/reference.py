@@ -39,16 +39,9 @@ def gather_kv(
     """Copy the kept tokens of each cache into its `out`, of the same layout. The rest of `out` is left as it is."""
     batch = indices.shape[0]
     tokens = token_axis(layout)
-    starts, room = kv_rooms(caches[0], batch, layout, block_table, cu_seqlens)
-    all_positions = kept_positions(indices, num_kept, room)
-    if block_table is not None:
-        for b, positions in enumerate(all_positions):
-            check_source_blocks(block_table, b, positions // caches[0].shape[tokens], caches[0].shape[0])
-    if out_block_table is not None:
-        written = [len(positions) for positions in all_positions]
-        _checks.block_table_values(
-            out_block_table, written, outs[0].shape[tokens], outs[0].shape[0], name="out_block_table", exclusive=True
-        )
+    starts, _ = kv_rooms(caches[0], batch, layout, block_table, cu_seqlens)
+    tables = (block_table, cu_seqlens, out_block_table)
+    all_positions = check_kv_contents(caches[0], outs[0], indices, num_kept, layout, *tables)
     packed_at = 0
     for b, positions in enumerate(all_positions):
         count = torch.arange(len(positions), device=indices.device)
@@ -59,6 +52,38 @@ def gather_kv(
         for cache, out in zip(caches, outs):
             source, target = by_slot(cache, layout, b), by_slot(out, layout, b)
             target[target_at] = source[source_at]
+
+
+def check_token_contents(
+    x: Tensor, indices: Tensor, num_kept: Tensor, cu_seqlens: Tensor | None, token_dim: int
+) -> None:
+    """What the definition refuses in the contents of CPU tensors."""
+    kept_positions(indices, num_kept, token_rooms(x, len(indices), cu_seqlens, token_dim)[1])
+
+
+def check_kv_contents(
+    cache: Tensor,
+    out: Tensor,
+    indices: Tensor,
+    num_kept: Tensor,
+    layout: str,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_block_table: Tensor | None,
+) -> list[Tensor]:
+    """Kept positions of each sequence, and what the definition refuses in the contents of tensors is refused."""
+    _, room = kv_rooms(cache, len(indices), layout, block_table, cu_seqlens)
+    kept = kept_positions(indices, num_kept, room)
+    token = token_axis(layout)
+    if block_table is not None:
+        for b, positions in enumerate(kept):
+            check_source_blocks(block_table, b, positions // cache.shape[token], cache.shape[0])
+    if out_block_table is not None:
+        written = [len(positions) for positions in kept]
+        _checks.block_table_values(
+            out_block_table, written, out.shape[token], out.shape[0], name="out_block_table", exclusive=True
+        )
+    return kept
 
 
 def kept_positions(indices: Tensor, num_kept: Tensor, room: list[int]) -> list[Tensor]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specprefill_kernels import _triton
-from specprefill_kernels.ops.gather.reference import kept_positions, token_rooms
+from specprefill_kernels.ops.gather.reference import check_token_contents
 from specprefill_kernels.ops.gather.triton_config import choose
 from specprefill_kernels.ops.gather.triton_kv import gather_kv as gather_kv  # the room's other op
 from specprefill_kernels.ops.gather.triton_rows import batch_block, copy_rows, kept_before, kept_of
@@ -122,8 +122,7 @@ def gather_tokens(
     x: Tensor, indices: Tensor, num_kept: Tensor, cu_seqlens: Tensor | None, token_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _triton.checks_values():
-        _, room = token_rooms(x, len(indices), cu_seqlens, token_dim)
-        kept_positions(indices, num_kept, room)
+        check_token_contents(x, indices, num_kept, cu_seqlens, token_dim)
     return launch_gather_tokens(x, indices, num_kept, cu_seqlens, token_dim)
 
 

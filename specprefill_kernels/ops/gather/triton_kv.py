@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specprefill_kernels import _checks, _triton
-from specprefill_kernels.ops.gather.reference import check_source_blocks, kept_positions, kv_rooms
+from specprefill_kernels import _triton
+from specprefill_kernels.ops.gather.reference import check_kv_contents
 from specprefill_kernels.ops.gather.triton_config import Config, choose
 from specprefill_kernels.ops.gather.triton_rows import batch_block, copy_rows, kept_before, kept_of
 from specprefill_kernels.ops.gather.triton_words import as_words, merge
@@ -223,7 +223,7 @@ def gather_kv(
 ) -> None:
     batch, width = indices.shape
     if _triton.checks_values():
-        _check_kv_values(caches[0], outs[0], indices, num_kept, layout, block_table, cu_seqlens, out_block_table)
+        check_kv_contents(caches[0], outs[0], indices, num_kept, layout, block_table, cu_seqlens, out_block_table)
     keys, values = (_side(cache, out, layout, width) for cache, out in zip(caches, outs))
     token = token_axis(layout)
     shapes = [
@@ -258,27 +258,3 @@ def gather_kv(
         BATCH=batch_block(batch),
         num_warps=max(keys.config.num_warps, values.config.num_warps),
     )
-
-
-def _check_kv_values(
-    cache: Tensor,
-    out: Tensor,
-    indices: Tensor,
-    num_kept: Tensor,
-    layout: str,
-    block_table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out_block_table: Tensor | None,
-) -> None:
-    """What the definition refuses in the contents of CPU tensors."""
-    _, room = kv_rooms(cache, len(indices), layout, block_table, cu_seqlens)
-    kept = kept_positions(indices, num_kept, room)
-    token = token_axis(layout)
-    if block_table is not None:
-        for b, positions in enumerate(kept):
-            check_source_blocks(block_table, b, positions // cache.shape[token], cache.shape[0])
-    if out_block_table is not None:
-        written = [len(positions) for positions in kept]
-        _checks.block_table_values(
-            out_block_table, written, out.shape[token], out.shape[0], name="out_block_table", exclusive=True
-        )

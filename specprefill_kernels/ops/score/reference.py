@@ -46,16 +46,9 @@ def _score_layer_(
     key_scale: Tensor | None,
     options: ScoreOptions,
 ) -> None:
-    batch, look_ahead = query.shape[:2]
+    look_ahead = query.shape[1]
     scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
-    rows = look_ahead_rows(batch, look_ahead, sequences.num_look_ahead)
-    extra = [n - 1 for n in rows] if options.extra_keys else None
-    bounds = sequence_bounds(batch, state.shape[2], options.layout, key, sequences, extra)
-    for b, (start, length, readable) in enumerate(bounds):
-        n = rows[b]
-        if options.queries == "observation_window" and n > length:
-            expected = f"at most the prompt's {length} tokens, as an observation window"
-            _checks.fail(f"num_look_ahead[{b}]", expected, n)
+    for b, (start, length, readable, n) in enumerate(_bounds(state, query.shape[1], key, sequences, options)):
         k = sequence_keys(key, b, start, readable, options.layout, sequences.block_table).float()  # [Hkv, t, D]
         if key_scale is not None:
             k = k * key_scale.reshape(-1, 1, 1)
@@ -71,13 +64,46 @@ def _score_layer_(
             norm = lse[b, :n].float().unflatten(1, (k.shape[0], -1)).permute(1, 2, 0)[..., None]
         weights = torch.exp(s - norm).masked_fill(~seen, 0.0)[..., :length]  # [Hkv, G, n, length]
         if state.device.type == "cpu" and not bool((torch.isfinite(weights) & (norm < torch.inf)).all()):
-            cause = "query or key" if lse is None else "lse, query or key"
-            _checks.fail(f"{cause} of sequence {b}", "finite attention weights", "NaN or Inf")
+            _fail_not_finite(b, lse is not None)
         if options.pool_order == "before_max":
             weights = pool(weights, options.pool_kernel_size, options.pool_edge)
         best = weights.amax((0, 1))
         target = state[b, :n, :length] if state.shape[1] == look_ahead else state[b, :1, :length]
         target.copy_(torch.maximum(target, best if target.shape[0] == n else best.amax(0, keepdim=True)))
+
+
+def _bounds(
+    state: Tensor, look_ahead: int, key: Tensor, sequences: Sequences, options: ScoreOptions
+) -> list[tuple[int, int, int, int]]:
+    """(start, prompt length, readable length, valid rows) of each sequence, checked as `sequence_bounds` does."""
+    rows = look_ahead_rows(len(state), look_ahead, sequences.num_look_ahead)
+    extra = [n - 1 for n in rows] if options.extra_keys else None
+    bounds = sequence_bounds(len(state), state.shape[2], options.layout, key, sequences, extra)
+    for b, (_, length, _) in enumerate(bounds):
+        if options.queries == "observation_window" and rows[b] > length:
+            expected = f"at most the prompt's {length} tokens, as an observation window"
+            _checks.fail(f"num_look_ahead[{b}]", expected, rows[b])
+    return [(*bound, n) for bound, n in zip(bounds, rows)]
+
+
+def check_contents(
+    state: Tensor, look_ahead: int, keys: list[Tensor], sequences: Sequences, options: ScoreOptions
+) -> list[tuple[int, int]]:
+    """(prompt length, valid rows) of each sequence; what is wrong with the contents of CPU tensors is refused."""
+    bounds = [_bounds(state, look_ahead, key, sequences, options) for key in keys]
+    return [(length, n) for _, length, _, n in bounds[0]]
+
+
+def check_scores(state: Tensor, bounds: list[tuple[int, int]], given_lse: bool) -> None:
+    """Refuses NaN or Inf among the attention weights, which stays in the state that they were folded into."""
+    for b, (length, n) in enumerate(bounds):
+        if not bool(torch.isfinite(state[b, :n, :length]).all()):
+            _fail_not_finite(b, given_lse)
+
+
+def _fail_not_finite(b: int, given_lse: bool) -> None:
+    cause = "lse, query or key" if given_lse else "query or key"
+    _checks.fail(f"{cause} of sequence {b}", "finite attention weights", "NaN or Inf")
 
 
 def sequence_keys(

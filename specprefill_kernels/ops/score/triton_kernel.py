@@ -16,10 +16,9 @@ from specprefill_kernels.ops.score.options import (
     ScoreOptions,
     Sequences,
     head_axis,
-    look_ahead_rows,
-    sequence_bounds,
     token_axis,
 )
+from specprefill_kernels.ops.score.reference import check_contents, check_scores
 from specprefill_kernels.ops.score.triton_config import ScoreConfig
 
 unavailable = _triton.unavailable
@@ -76,7 +75,7 @@ def score_layers_(
     options: ScoreOptions,
 ) -> None:
     if _triton.checks_values():
-        rows = _check_values(state, queries[0].shape[1], keys, sequences, options)
+        rows = check_contents(state, queries[0].shape[1], keys, sequences, options)
     for layer, members in _alike(queries, keys, windows, lse, key_scales, options):
         at_once = _layers_per_launch(layer, state)
         for first in range(0, len(members), at_once):
@@ -84,33 +83,13 @@ def score_layers_(
             chosen = [[tensors[i] for i in some] if tensors else [] for tensors in (queries, keys, lse, key_scales)]
             _Group(layer, state, sequences, options, *chosen).score(workspace)
     if _triton.checks_values():
-        for b, (start, length, n) in enumerate(rows):
-            del start
-            if not bool(torch.isfinite(state[b, :n, :length]).all()):
-                cause = "lse, query or key" if lse else "query or key"
-                _checks.fail(f"{cause} of sequence {b}", "finite attention weights", "NaN or Inf")
+        check_scores(state, rows, bool(lse))
 
 
 def _layers_per_launch(layer: _Layer, state: Tensor) -> int:
     _, kv_heads, head_dim = layer.heads
     key_bytes = state.shape[0] * state.shape[2] * kv_heads * head_dim * layer.key_dtype.itemsize
     return triton_config.layers_per_launch(_triton.target_of(state), key_bytes, 2 if layer.lse_strides is None else 1)
-
-
-def _check_values(
-    state: Tensor, look_ahead: int, keys: list[Tensor], sequences: Sequences, options: ScoreOptions
-) -> list[tuple[int, int, int]]:
-    """(start, length, rows) of each sequence, checked as every backend does on CPU tensors."""
-    rows = look_ahead_rows(state.shape[0], look_ahead, sequences.num_look_ahead)
-    extra = [n - 1 for n in rows] if options.extra_keys else None
-    bounds = []
-    for key in keys:
-        bounds = sequence_bounds(state.shape[0], state.shape[2], options.layout, key, sequences, extra)
-    for b, (_, length, _) in enumerate(bounds):
-        if options.queries == "observation_window" and rows[b] > length:
-            expected = f"at most the prompt's {length} tokens, as an observation window"
-            _checks.fail(f"num_look_ahead[{b}]", expected, rows[b])
-    return [(start, length, rows[b]) for b, (start, length, _) in enumerate(bounds)]
 
 
 def _alike(

@@ -14,10 +14,7 @@ def select_chunks(
     device = importance.device
     lengths = _checks.length_values(seq_lens, capacity, batch)
     if device.type == "cpu":
-        for b, length in enumerate(lengths):
-            _checks.finite_values("importance", importance[b, :length], b)
-        if budget.keep_mass is not None:
-            check_non_negative(importance, lengths)
+        check_contents(importance, seq_lens, budget)
     width = budget.width(capacity, protect is not None)
     indices = torch.full((batch, width), -1, dtype=torch.int32, device=device)
     num_kept = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -68,7 +65,13 @@ def _per_chunk(x: Tensor, chunk_size: int) -> Tensor:
     return torch.cat([x, x.new_zeros(padding)]).view(-1, chunk_size)
 
 
-def check_non_negative(importance: Tensor, lengths: list[int]) -> None:
+def check_contents(importance: Tensor, seq_lens: Tensor | None, budget: Budget) -> None:
+    """What the definition refuses in the contents of CPU tensors."""
+    lengths = _checks.length_values(seq_lens, importance.shape[1], len(importance))
+    for b, length in enumerate(lengths):
+        _checks.finite_values("importance", importance[b, :length], b)
+    if budget.keep_mass is None:
+        return
     for b, length in enumerate(lengths):
         low = float(importance[b, :length].min())
         if low < 0:

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specprefill_kernels import _checks, _triton
+from specprefill_kernels import _triton
 from specprefill_kernels.ops.finalize.triton_kernel import importance_of, length_of, reduction, window
 from specprefill_kernels.ops.select.budget import MASS_SLACK, RATIO_SLACK, RATIO_UNITS, Budget
-from specprefill_kernels.ops.select.reference import check_non_negative
+from specprefill_kernels.ops.select.reference import check_contents
 from specprefill_kernels.ops.select.triton_config import choose_expand, choose_keys, choose_rank
 from specprefill_kernels.ops.select.triton_rank import ABSENT, FORCED, NAN, rank_kernel
 
@@ -163,7 +163,8 @@ class Chunks:
 def select_chunks(
     importance: Tensor, seq_lens: Tensor | None, protect: Tensor | None, budget: Budget
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_importance_values(importance, seq_lens, budget)
+    if _triton.checks_values():
+        check_contents(importance, seq_lens, budget)
     chunks = rank_chunks(importance, seq_lens, protect, budget)
     batch, width = len(importance), chunks.width
     indices = torch.empty(batch, width, dtype=torch.int32, device=importance.device)
@@ -313,14 +314,3 @@ def _ratio_units(budget: Budget) -> tuple[int, int]:
 def _bits(x: float) -> int:
     (bits,) = struct.unpack("<q", struct.pack("<d", x))
     return int(bits)
-
-
-def check_importance_values(importance: Tensor, seq_lens: Tensor | None, budget: Budget) -> None:
-    """What the definition refuses in a CPU tensor's contents."""
-    if not _triton.checks_values():
-        return
-    lengths = _checks.length_values(seq_lens, importance.shape[1], len(importance))
-    for b, length in enumerate(lengths):
-        _checks.finite_values("importance", importance[b, :length], b)
-    if budget.keep_mass is not None:
-        check_non_negative(importance, lengths)
