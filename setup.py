@@ -5,6 +5,9 @@ SPECPREFILL_BUILD says what is compiled:
   cpu   the CPU kernels only
   cuda  CPU and CUDA kernels; an error where CUDA cannot be built
   none  nothing: no compiler is run, the package is pure Python (reference and Triton backends)
+
+SPECPREFILL_CUDA_ARCHITECTURES says what for, as in "90" or "80-real,120" (CMake's words; "native": this machine's GPU).
+Without it: every supported architecture that nvcc knows, which takes minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,15 +51,43 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def cuda_left_out() -> str | None:
+# What a toolkit needs: the runtime's headers, a host compiler that nvcc takes, and the static runtime to link.
+NVCC_PROBE = """
+#include <cuda_runtime.h>
+__global__ void probe(int* out) { *out = 1; }
+int main() { probe<<<1, 1>>>(nullptr); return cudaGetLastError() != cudaSuccess; }
+"""
+
+
+def why_nvcc_fails(nvcc: str) -> str | None:
+    """What nvcc says when it is to compile a kernel, or None where it does."""
+    host = os.environ.get("CUDAHOSTCXX")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text(NVCC_PROBE)
+        command = [nvcc, "-std=c++17", "-cudart=static", *(["-ccbin", host] if host else []), str(source)]
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(source.with_suffix(""))], capture_output=True, text=True, timeout=300, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    # The first error is the cause; others follow from it.
+    errors = [line for line in said if "error" in line.lower()] or said or [f"exit status {done.returncode}"]
+    return errors[0]
+
+
+def cuda_left_out(nvcc: str | None) -> str | None:
     """Why CUDA kernels are not built, or None where they are."""
     if MODE == "cpu":
         return "SPECPREFILL_BUILD=cpu"
-    if not any(ROOT.glob("csrc/*/*.cu")):
-        return "no CUDA sources in this version"
-    if find_nvcc() is None:
+    if nvcc is None:
         return "nvcc not found: install the CUDA toolkit and put nvcc on PATH, or set CUDA_HOME or CUDACXX"
-    return None
+    failure = why_nvcc_fails(nvcc)
+    return f"{nvcc} does not compile a kernel here: {failure}" if failure else None
 
 
 def tool(name: str) -> str:
@@ -122,7 +154,8 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_compiler()
-        reason = cuda_left_out()
+        nvcc = find_nvcc()
+        reason = cuda_left_out(nvcc)
         if MODE == "cuda" and reason:
             raise BuildError(f"SPECPREFILL_BUILD=cuda: {reason}. SPECPREFILL_BUILD=auto builds what this machine can")
 
@@ -146,20 +179,35 @@ class BuildKernels(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        try:
-            subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", str(build_dir), "--target", "_C"], check=True)
-        except subprocess.CalledProcessError as error:
+        build = [cmake, "--build", str(build_dir), "--target", "_C"]
+
+        def attempt(*with_cuda: str) -> subprocess.CalledProcessError | None:
+            try:
+                subprocess.run([*configure, *with_cuda], check=True)
+                subprocess.run(build, check=True)
+            except subprocess.CalledProcessError as error:
+                return error
+            return None
+
+        failure = attempt() if reason else attempt("-DSPECPREFILL_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        if failure and reason is None and MODE == "auto":
+            say(f"the build with CUDA failed (exit {failure.returncode}, see above): trying without")
+            reason = f"the build with {nvcc} failed; SPECPREFILL_BUILD=cuda shows how"
+            failure = attempt()
+        if failure:
+            without = "=none installs without compiled kernels" if reason else "=cpu builds the CPU kernels alone"
             raise BuildError(
-                f"the C++ build failed (exit {error.returncode}; the compiler's own message is above). "
-                "SPECPREFILL_BUILD=none installs without compiled kernels"
-            ) from error
+                f"the {'C++' if reason else 'CUDA'} build failed (exit {failure.returncode}; the compiler's own "
+                f"message is above). SPECPREFILL_BUILD{without}"
+            )
 
         left_out = {"cuda": reason} if reason else {}
         info = {"mode": MODE, "compiled": True, "cuda": reason is None, "left_out": left_out}
         info.update(json.loads((build_dir / "build_info.json").read_text()))
         write_build_info(package_dir, info)
         say(f"built the CPU kernels ({info['compiler']}; {', '.join(info['isas'])})")
+        if info["cuda"]:
+            say(f"built the CUDA kernels ({info['cuda_compiler']}; {info['cuda_architectures']})")
         for what, why in left_out.items():
             say(f"{what.upper()} left out: {why}")
 

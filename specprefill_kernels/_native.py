@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ def module() -> ModuleType:
     if _C is None:
         raise RuntimeError(_reason)
     return _C
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py wrote down about this build; empty where it did not build one."""
+    try:
+        return dict(importlib.import_module("specprefill_kernels._build_info").BUILD_INFO)
+    except ImportError:
+        return {}
+
+
+def left_out(what: str) -> str:
+    """Why the build left out "cpu" or "cuda"."""
+    reasons: dict[str, str] = build_info().get("left_out") or {}
+    return reasons.get(what, "it was built without setup.py, which would have said why")
 
 
 def address(x: Tensor | None) -> int:

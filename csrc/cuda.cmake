@@ -1,0 +1,57 @@
+# nvcc and what it compiles for. Sets cuda_architectures ("sm_80 sm_90 compute_120") and cuda_compiler.
+
+# The GPUs that the kernels are written for: A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50. Newer ones
+# compile the last one's PTX when they load it.
+set(supported 80 86 89 90 100 120)
+
+if(NOT SPECPREFILL_CUDA_ARCHITECTURES)
+  if(NOT CMAKE_CUDA_COMPILER)
+    find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda
+      PATH_SUFFIXES bin REQUIRED)
+  endif()
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
+    OUTPUT_VARIABLE known ERROR_VARIABLE failure RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch: ${failure}")
+  endif()
+  set(architectures)
+  foreach(architecture ${supported})
+    if(known MATCHES "compute_${architecture}[^0-9]")
+      list(APPEND architectures ${architecture})
+    endif()
+  endforeach()
+  if(NOT architectures)
+    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} knows none of the architectures ${supported}")
+  endif()
+  list(GET architectures -1 newest)
+  list(TRANSFORM architectures APPEND -real)
+  list(APPEND architectures ${newest}-virtual)
+else()
+  string(REGEX REPLACE "[ ,]+" ";" architectures "${SPECPREFILL_CUDA_ARCHITECTURES}")
+endif()
+
+set(CMAKE_CUDA_ARCHITECTURES ${architectures})
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(cuda_compiler "${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
+
+# In the words of nvcc and cuobjdump.
+if(architectures STREQUAL native)
+  set(architectures ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+endif()
+set(cuda_architectures)
+foreach(architecture ${architectures})
+  if(architecture MATCHES "^(.+)-real$")
+    list(APPEND cuda_architectures sm_${CMAKE_MATCH_1})
+  elseif(architecture MATCHES "^(.+)-virtual$")
+    list(APPEND cuda_architectures compute_${CMAKE_MATCH_1})
+  else()
+    list(APPEND cuda_architectures sm_${architecture} compute_${architecture})
+  endif()
+endforeach()
+list(JOIN cuda_architectures " " cuda_architectures)
