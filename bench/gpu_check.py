@@ -1,13 +1,15 @@
 """Everything a GPU machine can tell, in parts with time limits of their own, within nine minutes: see gpu_check.sh.
 
-Needs nothing but what stands there: torch, Triton, pytest; CMake, Ninja, pybind11 and a compiler for the CPU kernels;
-compute-sanitizer where it is. This file itself imports the standard library alone.
+Needs nothing but what stands there: torch, Triton, pytest; CMake, Ninja, pybind11, a C++ compiler and nvcc for the
+kernels, which are compiled for this machine's GPU alone; compute-sanitizer where it is. This file itself imports the
+standard library alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -36,12 +38,9 @@ if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
     missing.append({GPU!r})
 print("; ".join(missing))
 """
-BUILD = (
-    f"{PYTHON} -m pip install -e . --no-build-isolation --no-deps -q --disable-pip-version-check"
-    f" || {PYTHON} setup.py -q build_ext --inplace"
-)
 RESULTS = ("timing.txt", "timing.json", "tests.txt", "tests.json", "check.json", "check.txt", "logs.tar.gz")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZED = ("cuda", "triton")  # each backend in processes of its own: a fault in one hides none in the other
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,22 @@ class Outcome:
 
 
 def the_parts(out: Path) -> list[Part]:
-    """Their limits add to 505 s: what runs beside another part has that one's time."""
+    """Their limits add to 525 s: what runs beside another part has that one's time."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     where = shlex.quote(str(out))
     found = [
-        Part("build", BUILD, 60),
-        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 225 --out {where}", 240),
+        Part("build", f"{PYTHON} -m bench.gpu_build", 110),
+        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 195 --out {where}", 210),
     ]
     if sanitizer:
         # Without a tool first, beside the tests: it compiles what all four tools would compile at once.
-        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize", 240, beside=True))
-        for i, tool in enumerate(SANITIZER_TOOLS):
+        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize --backend triton", 210, beside=True))
+        for i, (backend, tool) in enumerate(itertools.product(SANITIZED, SANITIZER_TOOLS)):
             # API errors are left out: torch asks the driver for things that it may not have.
             how = f"--tool {tool} --error-exitcode 9 --report-api-errors no --target-processes application-only"
-            command = f"{sanitizer} {how} {PYTHON} -m bench.sanitize"
-            found.append(Part(f"sanitizer {tool}", command, 65, beside=i > 0))
-    found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 115 --out {where}", 140))
+            command = f"{sanitizer} {how} {PYTHON} -m bench.sanitize --backend {backend}"
+            found.append(Part(f"{tool} {backend}", command, 70, beside=i > 0))
+    found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 110 --out {where}", 135))
     return found
 
 

@@ -71,7 +71,8 @@ def problems(device: str, quick: bool = False, only: str = "") -> Makers:
     makers.append(("score_layer", partial(score, device, largest, last, dtype=E4M3)))
     makers.append(("score_layer", partial(score, device, largest, last, paged=True)))
     makers.append(("score_layers", partial(score_layers, device, several, prompts[len(prompts) // 2])))
-    for op, make in (("finalize_importance", finalize), ("select_chunks", select), ("select_tokens", select_tokens)):
+    makers.append(("select_chunks", partial(select_many, device, *(shapes.QUICK_MANY if quick else shapes.MANY))))
+    for op, make in (("select_chunks", select), ("select_tokens", select_tokens), ("finalize_importance", finalize)):
         makers += [(op, partial(make, device, tokens)) for tokens in long]
     makers += [("gather_tokens", partial(gather_tokens, device, tokens, 0)) for tokens in long]
     makers.append(("gather_tokens", partial(gather_tokens, device, long[0], 2048)))
@@ -176,6 +177,24 @@ def select(device: str, tokens: int) -> Problem:
         run,
         lambda backend: [_valid(run(backend))],
         lambda: [_kept(importance[0])],
+    )
+
+
+def select_many(device: str, prompts: int, tokens: int) -> Problem:
+    """A server's batch: many short prompts of whole chunks in one call, so that all keep equally many."""
+    importance = _random(device, prompts, tokens).abs()
+
+    def run(backend: str) -> spk.Selection:
+        return spk.select_chunks(importance, keep_ratio=KEEP_RATIO, chunk_size=CHUNK, backend=backend)
+
+    one = traffic.select(tokens, traffic.kept_tokens(tokens, KEEP_RATIO, CHUNK))
+    return Problem(
+        "select_chunks",
+        f"{prompts} x {size_name(tokens)}",
+        prompts * one,
+        run,
+        lambda backend: [run(backend).indices],
+        lambda: [torch.stack([_kept(row) for row in importance])],
     )
 
 

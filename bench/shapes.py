@@ -27,10 +27,12 @@ KEEP_RATIO = 0.2
 CHUNK = 32
 PROMPTS = (8192, 32768, 131072)
 LONG = (131072, 2**20)  # what follows scoring costs so little that only long prompts tell anything
+MANY = (256, 4096)  # prompts of a batch, tokens of each
 # On a CPU, to try the harness itself.
 QUICK_MODELS = (Model("tiny", 4, 2, 16, 2),)
 QUICK_PROMPTS = (512,)
 QUICK_LONG = (1000,)
+QUICK_MANY = (3, 512)
 
 
 def size_name(tokens: int) -> str:

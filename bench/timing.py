@@ -1,6 +1,6 @@
-"""The first timing table: per op, shape and backend its time, GB/s, part of a copy's rate, ratio to the eager form.
+"""The first timing table: per op, shape and backend its time, GB/s, part of a copy's rate, ratio to other backends.
 
-    python -m bench.timing                                        on a GPU: reference (the eager form) and triton
+    python -m bench.timing                                        on a GPU: reference (the eager form), triton, cuda
     python -m bench.timing --device cpu --backends cpu --quick    the harness itself, tiny shapes
 
 No backend is timed whose result is wrong. Results: timing.json and timing.txt under --out.
@@ -27,6 +27,9 @@ from bench import measure
 from bench.problems import Problem, WrongResult, problems, verify
 
 EAGER = "reference"
+DEFAULT = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # device -> backends beside the eager form
+# What each backend's time is compared with, in the same run: key of the row, column of the table, the other backend.
+COMPARED = (("faster_than_eager", "eager", EAGER), ("faster_than_triton", "triton", "triton"))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -86,28 +89,37 @@ def measured(problem: Problem, backends: Iterable[str], ticks: Any, budget: floa
     for backend, times in timed.items():
         rate = problem.traffic / times.p50
         rows[backend] |= {"seconds": times.json(), "rate": rate, "of_copy": rate / copy_rate}
-        if EAGER in timed and backend != EAGER:
-            rows[backend]["faster_than_eager"] = timed[EAGER].p50 / times.p50
+        for name, _, other in COMPARED:
+            if other in timed and backend not in (other, EAGER):
+                rows[backend][name] = timed[other].p50 / times.p50
     if ticks.graphs:
-        for backend in calls:
-            if backend != EAGER:  # the eager form waits for the device, so it cannot be captured
-                _time_graph(rows[backend], calls[backend], ticks, budget / 2)
+        _time_graphs(rows, calls, ticks, budget)
     return list(rows.values())
 
 
-def _time_graph(row: dict[str, Any], call: Callable[[], object], ticks: Any, budget: float) -> None:
+def _time_graphs(rows: dict[str, dict], calls: dict[str, Callable[[], object]], ticks: Any, budget: float) -> None:
+    """The same calls as CUDA graphs, in turn again; but not the eager form, which waits for the device."""
+    made = {backend: _graph(rows[backend], call) for backend, call in calls.items() if backend != EAGER}
+    graphs = {backend: graph for backend, graph in made.items() if graph is not None}
+    if graphs:
+        for backend, times in measure.in_turn(ticks, graphs, budget / 2).items():
+            rows[backend]["graph_seconds"] = times.json()
+
+
+def _graph(row: dict[str, Any], call: Callable[[], object]) -> Callable[[], object] | None:
     try:
-        replay = measure.graph_of(call)
-        row["graph_seconds"] = measure.in_turn(ticks, {"graph": replay}, budget)["graph"].json()
+        return measure.graph_of(call)
     except Exception as error:
         row["failed"] = f"as a CUDA graph: {type(error).__name__}: {error}"
+        return None
 
 
 def table(rows: list[dict], copy_rate: float) -> str:
     """What fits a terminal: microseconds, without and with a graph, and how they compare."""
     lines = [f"copy: {copy_rate / 1e9:.0f} GB/s, read and written bytes counted"]
     lines.append(
-        f"{'op':20}{'shape':29}{'backend':11}{'us':>9}{'p20-p80':>16}{'graph':>9}{'GB/s':>7}{'copy':>6}{'eager':>8}"
+        f"{'op':20}{'shape':29}{'backend':11}{'us':>9}{'p20-p80':>16}{'graph':>9}{'GB/s':>7}{'copy':>6}"
+        + "".join(f"{column:>8}" for _, column, _ in COMPARED)
     )
     for row in rows:
         head = f"{row['op']:20}{row['shape']:29}{row['backend']:11}"
@@ -116,10 +128,10 @@ def table(rows: list[dict], copy_rate: float) -> str:
             continue
         micro = {name: 1e6 * row["seconds"][name] for name in ("p20", "p50", "p80")}
         graph = f"{1e6 * row['graph_seconds']['p50']:.1f}" if "graph_seconds" in row else "-"
-        eager = f"{row['faster_than_eager']:.1f}x" if "faster_than_eager" in row else "-"
+        ratios = "".join(f"{f'{row[name]:.1f}x' if name in row else '-':>8}" for name, _, _ in COMPARED)
         spread = f"{micro['p20']:.1f}-{micro['p80']:.1f}"
         rate = f"{row['rate'] / 1e9:7.0f}{100 * row['of_copy']:5.0f}%"
-        lines.append(f"{head}{micro['p50']:9.1f}{spread:>16}{graph:>9}{rate}{eager:>8}")
+        lines.append(f"{head}{micro['p50']:9.1f}{spread:>16}{graph:>9}{rate}{ratios}")
         if "failed" in row:
             lines.append(f"  FAILED: {row['failed']}")
     return "\n".join(lines)
@@ -138,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.timing: no GPU that torch can use (--device cpu --quick tries the harness)", file=sys.stderr)
         return 2
-    default = "triton" if options.device == "cuda" else "cpu"
-    backends = list(dict.fromkeys([EAGER, *filter(None, (options.backends or default).split(","))]))
+    named = [name for name in options.backends.split(",") if name] or DEFAULT[options.device]
+    backends = list(dict.fromkeys([EAGER, *named]))
     started = time.perf_counter()
     ticks = measure.clock(options.device, options.quick)
     copy_rate = measure.copy_rate(ticks, options.device, options.quick)

@@ -55,6 +55,49 @@ def test_a_wrong_result_is_refused_before_it_is_timed(wrong):
     assert "FAILED" in timing.table(rows, 1e9)
 
 
+class Recorded:
+    """A clock that makes graphs: each call is as slow as its name says."""
+
+    graphs = True
+
+    def seconds(self, call) -> float:
+        return float(call() or 1.0)
+
+
+def test_the_cuda_kernels_are_compared_with_triton_and_the_eager_form(monkeypatch):
+    """In one run, in turn; and their graphs with each other."""
+    slow = {"reference": 8.0, "triton": 2.0, "cuda": 0.5}
+    monkeypatch.setattr(timing.spk, "available_backends", lambda op: dict.fromkeys(slow))
+    monkeypatch.setattr(timing.measure, "graph_of", lambda call: lambda: call() / 4)
+    problem = a_problem()
+    problem.call, problem.result = slow.get, lambda _: problem.expected()
+    rows = timing.measured(problem, slow, Recorded(), 0.0, 1e9)
+    assert [row.get("faster_than_eager") for row in rows] == [None, 4.0, 16.0]
+    assert [row.get("faster_than_triton") for row in rows] == [None, None, 4.0]
+    assert ["graph_seconds" in row for row in rows] == [False, True, True]
+    assert rows[2]["graph_seconds"]["p50"] == 0.125
+    lines = timing.table(rows, 1e9).splitlines()
+    assert lines[1].split()[-2:] == ["eager", "triton"]
+    assert [line.split()[-2:] for line in lines[2:]] == [["-", "-"], ["4.0x", "-"], ["16.0x", "4.0x"]]
+
+
+def test_a_graph_that_fails_costs_no_other_figure(monkeypatch):
+    monkeypatch.setattr(timing.spk, "available_backends", lambda op: {"reference": None, "triton": None, "cuda": None})
+
+    def graph_of(call):
+        if call() == 2.0:
+            raise RuntimeError("planted")
+        return call
+
+    monkeypatch.setattr(timing.measure, "graph_of", graph_of)
+    problem = a_problem()
+    problem.call, problem.result = {"reference": 8.0, "triton": 2.0, "cuda": 0.5}.get, lambda _: problem.expected()
+    rows = timing.measured(problem, ["reference", "triton", "cuda"], Recorded(), 0.0, 1e9)
+    assert rows[1]["failed"] == "as a CUDA graph: RuntimeError: planted"
+    assert "seconds" in rows[1]
+    assert "graph_seconds" in rows[2]
+
+
 def test_wrong_integers_and_shapes_are_refused():
     problem = a_problem()
     problem.result = lambda _: [torch.arange(5)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The test processes that gpu_tests.py starts find their tests by these markers; here any will do.
 TESTS = """
 import pytest
@@ -102,6 +103,65 @@ def test_the_limits_add_to_less_than_nine_minutes():
     code += "print(sum(part.seconds for part in the_parts(Path('out')) if not part.beside))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 530
+
+
+def test_each_gpu_backend_is_sanitized_with_each_tool(tmp_path, monkeypatch):
+    """In processes of their own, all at once."""
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    code = "import json\nfrom pathlib import Path; from bench.gpu_check import the_parts\n"
+    code += "print(json.dumps([[part.name, part.command, part.beside] for part in the_parts(Path('out'))]))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    parts = {name: (command, beside) for name, command, beside in json.loads(result.stdout)}
+    tools = [f"{tool} {name}" for name in ("cuda", "triton") for tool in SANITIZERS]
+    assert list(parts) == ["build", "gpu tests", "sanitizer none", *tools, "timing"]
+    assert [parts[name][1] for name in tools] == [False, *[True] * 7]
+    for name in tools:
+        tool, backend = name.split()
+        assert f"--tool {tool} " in parts[name][0]
+        assert parts[name][0].endswith(f"-m bench.sanitize --backend {backend}")
+
+
+@pytest.mark.parametrize(("cuda_builds", "status"), [(True, 0), (False, 1)])
+def test_the_build_says_where_cuda_kernels_are_missing(cuda_builds, status):
+    """And goes on without them; only this machine's own architecture is compiled."""
+    code = f"""
+import torch
+from bench import gpu_build
+torch.cuda.get_device_capability = lambda: (9, 0)
+asked = []
+def build(mode, architectures):
+    asked.append((mode, architectures))
+    return mode != "cuda" or {cuda_builds}
+status = gpu_build.main(build, ("reference",))
+assert asked == [("cuda", "90-real")] + ([] if {cuda_builds} else [("cpu", "90-real")]), asked
+raise SystemExit(status)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == status, result.stderr
+    assert ("FAILED: no CUDA kernels" in result.stdout) == (not cuda_builds)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
+def test_the_build_fails_where_a_gpu_backend_does_not_run():
+    code = """
+import torch
+from bench import gpu_build
+torch.cuda.get_device_capability = lambda: (9, 0)
+raise SystemExit(gpu_build.main(lambda mode, architectures: True))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1, result.stderr
+    assert "FAILED: score_layer does not run on cuda: " in result.stdout
+
+
+def test_the_calls_for_the_sanitizer_are_good_ones():
+    for backend in ("cpu", "reference"):
+        command = [sys.executable, "-m", "bench.sanitize", "--backend", backend, "--device", "cpu"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        assert (result.returncode, result.stdout) == (0, "all calls made\n"), result.stderr
 
 
 def test_parts_of_the_tests_are_all_of_them(tmp_path):
