@@ -31,15 +31,15 @@ struct Four {
 
 // Tokens t to t + 3 of a row; what lies behind `length` is anything. A wide load also takes what lies between the
 // length and the end of the buffer.
-template <bool kWide>
-__device__ __forceinline__ Four load_four(const float* row, int64_t stride, int t, int length, int max_len) {
+__device__ __forceinline__ Four load_four(const ImportanceSource& s, bool wide, const float* row, int t, int length) {
   Four four;
-  if (kWide && t <= max_len - 4) {
-    const float4 wide = *reinterpret_cast<const float4*>(row + t);
-    four.x[0] = wide.x, four.x[1] = wide.y, four.x[2] = wide.z, four.x[3] = wide.w;
+  if (wide && t <= s.max_len - 4) {
+    const float4 all = *reinterpret_cast<const float4*>(row + t);
+    four.x[0] = all.x, four.x[1] = all.y, four.x[2] = all.z, four.x[3] = all.w;
   } else {
+    row += t * s.stride_token;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.x[i] = t < length - i ? row[(static_cast<int64_t>(t) + i) * stride] : 0.0f;
+    for (int i = 0; i < 4; ++i) four.x[i] = t < length - i ? row[i * s.stride_token] : 0.0f;
   }
   return four;
 }
@@ -49,21 +49,22 @@ __device__ __forceinline__ void fold(Four& total, const Four& row, bool mean) {
   for (int i = 0; i < 4; ++i) total.x[i] = mean ? total.x[i] + row.x[i] : max_nan(total.x[i], row.x[i]);
 }
 
-// Rows whose loads are on their way together: the usual look-ahead of 8 is one trip to memory.
-constexpr int kRowsAtOnce = 8;
+// Rows whose loads are on their way together: the usual look-ahead of 8 is one trip to memory, or two of narrow loads.
+constexpr int kWideRowsAtOnce = 8, kNarrowRowsAtOnce = 4;
 // With a window, four sums of each row stay in registers beside the loads.
-constexpr int kPooledRowsAtOnce = 4;
+constexpr int kPooledRowsAtOnce = 2;
 
 template <bool kWide>
 __device__ __forceinline__ Four reduce_rows(const ImportanceSource& s, const float* state, int rows, int t,
                                             int length) {
   const float identity = s.mean ? 0.0f : -INFINITY;
   Four total{{identity, identity, identity, identity}};
+  constexpr int kRowsAtOnce = kWide ? kWideRowsAtOnce : kNarrowRowsAtOnce;
   for (int n = 0; n < rows; n += kRowsAtOnce) {
     Four row[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (n + i < rows) row[i] = load_four<kWide>(state + (n + i) * s.stride_row, s.stride_token, t, length, s.max_len);
+      if (n + i < rows) row[i] = load_four(s, kWide, state + (n + i) * s.stride_row, t, length);
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
@@ -75,7 +76,6 @@ __device__ __forceinline__ Four reduce_rows(const ImportanceSource& s, const flo
 
 // The same with each row pooled first. A window is summed from left to right, so that the sum depends on nothing but
 // what it holds; four windows share their loads, of which all but one in w / 4 + 1 are out of the first-level cache.
-template <bool kWide>
 __device__ __forceinline__ Four reduce_pooled_rows(const ImportanceSource& s, const float* state, int rows, int t,
                                                    int length) {
   const float identity = s.mean ? 0.0f : -INFINITY;
@@ -90,7 +90,7 @@ __device__ __forceinline__ Four reduce_pooled_rows(const ImportanceSource& s, co
 #pragma unroll
       for (int i = 0; i < kPooledRowsAtOnce; ++i) {
         if (n + i < rows) {
-          row[i] = load_four<kWide>(state + (n + i) * s.stride_row, s.stride_token, at, length, s.max_len);
+          row[i] = load_four(s, s.wide, state + (n + i) * s.stride_row, at, length);
         }
       }
 #pragma unroll
@@ -130,8 +130,7 @@ __device__ __forceinline__ Four importance_of_four(const ImportanceSource& s, un
   if (t >= length) return total;
   const float* state = s.state + b * s.stride_batch;
   if (s.pooled) {
-    total = s.wide ? reduce_pooled_rows<true>(s, state, rows, t, length)
-                   : reduce_pooled_rows<false>(s, state, rows, t, length);
+    total = reduce_pooled_rows(s, state, rows, t, length);
   } else {
     total = s.wide ? reduce_rows<true>(s, state, rows, t, length) : reduce_rows<false>(s, state, rows, t, length);
   }
