@@ -49,7 +49,7 @@ void bind_cuda(py::module_& m) {
     });
   });
 #endif
-#if defined(SPECPREFILL_CUDA_SELECT_TOKENS)
+#if defined(SPECPREFILL_CUDA_SELECT)
   m.def("select_tokens_cuda",
         [](const specprefill_finalize& finalize, const specprefill_select& select,
            const specprefill_gather_tokens& gather, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream) {

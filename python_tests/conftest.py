@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from grid import INTERPRETED, poisoned
+from grid import EMULATED, INTERPRETED, poisoned
 
 try:
     from hypothesis import HealthCheck, settings
@@ -17,8 +17,9 @@ else:
         "specprefill",
         deadline=None,
         derandomize=True,
-        # Triton's interpreter takes a tenth of a second for a score, and on a GPU most examples are kernels to compile.
-        max_examples=12 if INTERPRETED or torch.cuda.is_available() else 60,
+        # Triton's interpreter takes a tenth of a second for a score, as does the emulation, and on a GPU most examples
+        # are kernels to compile.
+        max_examples=12 if INTERPRETED or EMULATED or torch.cuda.is_available() else 60,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("specprefill")
@@ -28,6 +29,8 @@ def no_gpu() -> str | None:
     """Why tests that need a GPU cannot run here, or None."""
     if INTERPRETED:
         return "TRITON_INTERPRET=1: Triton's kernels run on CPU tensors in this process"
+    if EMULATED:
+        return "SPECPREFILL_EMULATION is set: CUDA kernels run on CPU tensors in this process"
     return None if torch.cuda.is_available() else "no GPU that torch can use"
 
 

@@ -1,7 +1,7 @@
 """The grid of backends that the op tests run on, and how they compare.
 
-Columns: `reference` and `cpu` on CPU tensors, always. With TRITON_INTERPRET=1 also `triton` on CPU tensors. On a
-machine with a GPU also every backend that takes its tensors, and the reference on them (`reference_gpu`); those
+Columns: `reference` and `cpu` on CPU tensors, always. With TRITON_INTERPRET=1 also `triton` on CPU tensors, and with
+SPECPREFILL_EMULATION=<module> (csrc/emulation/build.py makes it) `cuda`. On a machine with a GPU also every backend that takes its tensors, and the reference on them (`reference_gpu`); those
 parameters carry the marker `gpu`, so that `pytest -m gpu` runs exactly what needs one.
 """
 
@@ -18,13 +18,15 @@ import pytest
 import torch
 
 import specprefill_kernels as spk
-from specprefill_kernels import _backends
+from specprefill_kernels import _backends, _native
 
 REQUIRED = ("reference", "cpu")
 # An escape for machines without a compiler; nothing else may hide a missing backend.
 MAY_LACK_CPU = os.environ.get("SPECPREFILL_ALLOW_MISSING_CPU") == "1"
 # Triton's interpreter runs its kernels on CPU tensors: 50 microseconds for each tensor operation of each program.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# CUDA kernels compiled as C++ run on CPU tensors: a fiber for each thread, 20 ns for each meeting of two.
+EMULATED = bool(os.environ.get("SPECPREFILL_EMULATION"))
 
 T = TypeVar("T")
 
@@ -33,6 +35,9 @@ def must_run(name: str) -> bool:
     """Whether a backend has to be there: a room that does not import must fail, not drop out of the grid."""
     if name == "triton":
         return INTERPRETED or (torch.cuda.is_available() and importlib.util.find_spec("triton") is not None)
+    if name == "cuda":
+        built = bool(_native.build_info().get("cuda")) and torch.version.hip is None
+        return EMULATED or (torch.cuda.is_available() and built)
     return name in REQUIRED
 
 
@@ -54,7 +59,8 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        return self.name == "triton" and self.device == "cpu"
+        """Whether code for a GPU runs on CPU tensors: by Triton's interpreter, or emulated."""
+        return self.name in ("triton", "cuda") and self.device == "cpu"
 
     @property
     def checks_values(self) -> bool:
@@ -62,7 +68,7 @@ class Backend:
         return self.device == "cpu"
 
     def sized(self, full: T, small: T) -> T:
-        """`full`, or `small` where Triton's interpreter would take too long: the one way in which its tests differ.
+        """`full`, or `small` where an interpreter or emulation would take too long: the one way in which tests differ.
 
         (Beside it, its property tests draw fewer examples: see conftest.py.)
         """
@@ -81,7 +87,8 @@ class Backend:
 def _device(op: str, name: str) -> str:
     """The type of the tensors that a backend takes."""
     module, _ = _backends._load(op, name)
-    default = "cpu" if name == "triton" and INTERPRETED else _backends.DEVICE_OF_BACKEND.get(name, "cpu")
+    on_cpu = (name == "triton" and INTERPRETED) or (name == "cuda" and EMULATED)
+    default = "cpu" if on_cpu else _backends.DEVICE_OF_BACKEND.get(name, "cpu")
     return getattr(module, "DEVICE_TYPE", default)
 
 

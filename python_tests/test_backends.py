@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from calls import CALLS
-from grid import INTERPRETED, REQUIRED, Backend, backends
+from grid import EMULATED, INTERPRETED, REQUIRED, Backend, backends
 
 import specprefill_kernels as spk
 from specprefill_kernels import _backends
@@ -55,9 +55,9 @@ def test_a_named_backend_that_cannot_run_raises_with_its_reason(name):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_gpu_backend_does_not_take_cpu_tensors(backend):
-    """Where Triton's interpreter is on, its kernels take CPU tensors, and others than those they do not take."""
+    """Where Triton's interpreter or the emulation is on, kernels take CPU tensors, and others they do not take."""
     reason = spk.available_backends("select_chunks")[backend]
-    if INTERPRETED and backend == "triton" and reason is None:
+    if {"triton": INTERPRETED, "cuda": EMULATED}[backend] and reason is None:
         call("select", backend=backend)
         with pytest.raises(spk.BackendUnavailable, match="takes cpu tensors, got cuda tensors"):
             _backends.resolve("select_chunks", backend, "cuda")
