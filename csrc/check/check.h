@@ -4,6 +4,7 @@
 #ifndef SPECPREFILL_CHECK_H
 #define SPECPREFILL_CHECK_H
 
+#include "cuda.h"
 #include "helpers.h"
 
 /* Each runs one random case and returns 0, or 1 after a report. */

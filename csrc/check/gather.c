@@ -114,6 +114,13 @@ int check_gather_tokens(random_source* source) {
   } else {
     failed = compare_tokens(&args, &kept);
   }
+  if (!failed && cuda_is_emulated()) {
+    memset(args.values, 0x7F, (size_t)(args.outer_sizes[0] * rows * args.inner_sizes[0] * args.item_bytes));
+    memset(args.position_ids, 0x7F, (size_t)rows * sizeof(int64_t));
+    memset(args.offsets, 0x7F, (size_t)(args.batch + 1) * sizeof(int32_t));
+    failed = accepted(cuda_gather_tokens(&args), "gather_tokens on CUDA");
+    if (!failed && compare_tokens(&args, &kept)) failed = report("  by the CUDA kernel");
+  }
   free(x);
   free(args.values);
   free(args.position_ids);
@@ -209,7 +216,9 @@ int check_gather_kv(random_source* source) {
   args.source.data = random_bytes(source, shape_cache(source, &args.source));
   const int64_t bytes = shape_cache(source, &args.target);
   uint8_t* target = random_bytes(source, bytes);
+  uint8_t* before = exact(bytes);
   uint8_t* untouched = exact(bytes);
+  memcpy(before, target, (size_t)bytes);
   memcpy(untouched, target, (size_t)bytes);
   args.target.data = target;
   int failed = specprefill_gather_kv_cpu(&args, 2) != SPECPREFILL_OK;
@@ -218,9 +227,23 @@ int check_gather_kv(random_source* source) {
   } else {
     failed = compare_kv(&args, &kept, untouched, bytes);
   }
+  if (!failed && cuda_is_emulated()) {
+    uint8_t* other = exact(bytes); /* both caches in one call */
+    specprefill_gather_kv both[] = {args, args};
+    both[1].target.data = other;
+    memcpy(target, before, (size_t)bytes);
+    memcpy(other, before, (size_t)bytes);
+    failed = accepted(cuda_gather_kv(both, 2), "gather_kv on CUDA");
+    for (int i = 0; i < 2 && !failed; ++i) {
+      memcpy(untouched, before, (size_t)bytes);
+      if (compare_kv(&both[i], &kept, untouched, bytes)) failed = report("  by the CUDA kernel, cache %d", i);
+    }
+    free(other);
+  }
   free((void*)args.source.data);
   free(target);
   free(untouched);
+  free(before);
   free(table);
   free(target_table);
   free_kept(&kept);

@@ -91,6 +91,8 @@ int refused(int status, const char* what) {
   return specprefill_last_error()[0] == '\0' ? report("%s: refused without a reason", what) : 0;
 }
 
+int refused_contents(int status, const char* what) { return refused(status, what); }
+
 int accepted(int status, const char* what) {
   if (status != SPECPREFILL_OK) return report("%s: %s", what, specprefill_last_error());
   return specprefill_last_error()[0] != '\0' ? report("%s: left the reason \"%s\"", what, specprefill_last_error()) : 0;

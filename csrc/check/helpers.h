@@ -31,6 +31,8 @@ int32_t* random_block_table(random_source* source, int64_t count, int64_t width,
 
 /* Whether a call with a bad argument failed as it must, with a reason; prints `what` and returns 1 if not. */
 int refused(int status, const char* what);
+/* The same of a call whose contents are bad, which kernels that read none of them take as they come: see cuda.h. */
+int refused_contents(int status, const char* what);
 /* Whether a call succeeded and left no reason behind. */
 int accepted(int status, const char* what);
 

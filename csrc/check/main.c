@@ -29,7 +29,8 @@ int main(int argc, char** argv) {
   if (argc > 2) options.seed = atoll(argv[2]);
   const int callers = argc > 3 ? atoi(argv[3]) : 1;
   int64_t failures[16] = {0}, failed = 0;
-  failed += check_score_errors() + check_finalize_errors() + check_select_errors() + check_gather_errors();
+  failed +=
+      check_score_errors() + check_finalize_errors() + check_select_errors() + check_gather_errors() + check_cuda();
   pthread_t threads[16];
   if (callers < 1 || callers > 16) return report("callers: expected 1 to 16, got %d", callers);
   for (int i = 0; i < callers; ++i) {
@@ -39,7 +40,7 @@ int main(int argc, char** argv) {
     pthread_join(threads[i], NULL);
     failed += failures[i];
   }
-  printf("instruction set %s: %lld cases of each op by %d caller(s), %lld failed\n", specprefill_instruction_set(),
-         (long long)options.cases, callers, (long long)failed);
+  printf("instruction set %s%s: %lld cases of each op by %d caller(s), %lld failed\n", specprefill_instruction_set(),
+         cuda_is_emulated() ? " and emulated CUDA" : "", (long long)options.cases, callers, (long long)failed);
   return failed ? 1 : 0;
 }

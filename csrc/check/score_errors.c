@@ -72,8 +72,16 @@ static void make_packed(small_score* c) {
 
 static int run(const small_score* c) { return specprefill_score_layers_cpu(&c->args, &c->layer, 1, NULL, 0, 1); }
 
-#define REFUSED(make, change) (make(&c), (change), refused(run(&c), "score with " #change))
-#define ACCEPTED(make, change) (make(&c), (change), accepted(run(&c), "score with " #change))
+static int run_on_cuda(const small_score* c) { return cuda_score(&c->args, &c->layer, 1); }
+
+/* The CPU functions first, then the CUDA functions; the reason for a failure is the last call's. */
+static int on_cpu;
+#define SCORE(make, expected, change)                                     \
+  (make(&c), (change), on_cpu = expected(run(&c), "score with " #change), \
+   on_cpu + expected##_by_cuda(run_on_cuda(&c), "score on CUDA with " #change))
+#define REFUSED(make, change) SCORE(make, refused, change)
+#define REFUSED_CONTENTS(make, change) SCORE(make, refused_contents, change)
+#define ACCEPTED(make, change) SCORE(make, accepted, change)
 
 static int refuses_sizes(void) {
   static const int64_t bad[] = {0, -1, INT64_MIN, INT64_MAX};
@@ -155,19 +163,19 @@ static int refuses_values(void) {
   small_score c;
   int failed = ACCEPTED(make_paged, c.args.normalize_over = SPECPREFILL_OVER_VISIBLE);
   failed += ACCEPTED(make_paged, c.block_table[1] = -1); /* no key of the prompt lies there */
-  failed += REFUSED(make_paged, (c.args.normalize_over = SPECPREFILL_OVER_VISIBLE, c.block_table[1] = -1));
-  failed += REFUSED(make_paged, (c.args.normalize_over = SPECPREFILL_OVER_VISIBLE, c.block_table[3] = 4));
-  failed += REFUSED(make_paged, c.block_table[2] = INT32_MIN);
-  failed += REFUSED(make_paged, c.seq_lens[1] = 5);
-  failed += REFUSED(make_paged, c.seq_lens[0] = 0);
-  failed += REFUSED(make_paged, c.seq_lens[0] = INT32_MIN);
-  failed += REFUSED(make_packed, c.cu_seqlens[1] = 9);
-  failed += REFUSED(make_packed, c.cu_seqlens[0] = -1);
-  failed += REFUSED(make_packed, c.cu_seqlens[2] = 9);
-  failed += REFUSED(make_packed, c.cu_seqlens[2] = INT32_MIN);
+  failed += REFUSED_CONTENTS(make_paged, (c.args.normalize_over = SPECPREFILL_OVER_VISIBLE, c.block_table[1] = -1));
+  failed += REFUSED_CONTENTS(make_paged, (c.args.normalize_over = SPECPREFILL_OVER_VISIBLE, c.block_table[3] = 4));
+  failed += REFUSED_CONTENTS(make_paged, c.block_table[2] = INT32_MIN);
+  failed += REFUSED_CONTENTS(make_paged, c.seq_lens[1] = 5);
+  failed += REFUSED_CONTENTS(make_paged, c.seq_lens[0] = 0);
+  failed += REFUSED_CONTENTS(make_paged, c.seq_lens[0] = INT32_MIN);
+  failed += REFUSED_CONTENTS(make_packed, c.cu_seqlens[1] = 9);
+  failed += REFUSED_CONTENTS(make_packed, c.cu_seqlens[0] = -1);
+  failed += REFUSED_CONTENTS(make_packed, c.cu_seqlens[2] = 9);
+  failed += REFUSED_CONTENTS(make_packed, c.cu_seqlens[2] = INT32_MIN);
   static const int32_t rows[] = {0, 3, -1, INT32_MIN};
   for (int i = 0; i < 4; ++i) {
-    failed += REFUSED(
+    failed += REFUSED_CONTENTS(
         make, (c.args.num_look_ahead = c.num_look_ahead, c.num_look_ahead[0] = 1, c.num_look_ahead[1] = rows[i]));
   }
   make(&c);
@@ -210,14 +218,15 @@ int check_finalize_errors(void) {
   (args = (specprefill_finalize){state, 6, 3, 1, 2, 2, 3, seq_lens, rows, SPECPREFILL_MEAN, SPECPREFILL_POOL_ZERO, 1, \
                                  importance},                                                                         \
    seq_lens[0] = seq_lens[1] = 3, rows[0] = rows[1] = 2, (change),                                                    \
-   expected(specprefill_finalize_cpu(&args, 1), "finalize with " #change))
+   on_cpu = expected(specprefill_finalize_cpu(&args, 1), "finalize with " #change),                                   \
+   on_cpu + expected##_by_cuda(cuda_finalize(&args), "finalize on CUDA with " #change))
   static const int64_t bad[] = {0, -1, INT64_MIN, INT64_MAX};
   for (int i = 0; i < 4; ++i) {
     const int32_t code = bad[i] == 0 ? 7 : (int32_t)(bad[i] == -1 ? -1 : i == 2 ? INT32_MIN : INT32_MAX);
     failed += FINALIZE(refused, args.reduce = code);
     failed += FINALIZE(refused, args.pool_edge = code);
-    failed += FINALIZE(refused, seq_lens[1] = code);
-    failed += FINALIZE(refused, rows[0] = code);
+    failed += FINALIZE(refused_contents, seq_lens[1] = code);
+    failed += FINALIZE(refused_contents, rows[0] = code);
     if (i == 3) break; /* sizes that only the caller knows to be wrong */
     failed += FINALIZE(refused, args.batch = bad[i]);
     failed += FINALIZE(refused, args.look_ahead = bad[i]);

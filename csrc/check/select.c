@@ -138,6 +138,12 @@ int check_select(random_source* source) {
   } else {
     failed = compare(&args);
   }
+  if (!failed && cuda_is_emulated()) {
+    memset(args.indices, 0x7F, (size_t)(args.batch * args.width) * sizeof(int32_t));
+    memset(args.num_kept, 0x7F, (size_t)args.batch * sizeof(int32_t));
+    failed = accepted(cuda_select(&args), "select on CUDA");
+    if (!failed && compare(&args)) failed = report("  by the CUDA kernel");
+  }
   free(importance);
   free(seq_lens);
   free(protect);

@@ -32,8 +32,11 @@ static void make_select(small_select* c) {
                                  .overflow = c->overflow};
 }
 
-#define SELECT(expected, change) \
-  (make_select(&c), (change), expected(specprefill_select_cpu(&c.args, 1), "select with " #change))
+/* The CPU functions first, then the CUDA functions; the reason for a failure is the last call's. */
+static int on_cpu;
+#define SELECT(expected, change)                                                                             \
+  (make_select(&c), (change), on_cpu = expected(specprefill_select_cpu(&c.args, 1), "select with " #change), \
+   on_cpu + expected##_by_cuda(cuda_select(&c.args), "select on CUDA with " #change))
 /* Refused, and without a width. */
 #define SELECT_REFUSED(change) (make_select(&c), (change), nothing_selected(&c.args, "select with " #change))
 
@@ -43,7 +46,8 @@ static int no_width(const specprefill_select* args, const char* what) {
 }
 
 static int nothing_selected(const specprefill_select* args, const char* what) {
-  const int failed = refused(specprefill_select_cpu(args, 1), what);
+  int failed = refused(specprefill_select_cpu(args, 1), what);
+  failed += refused_by_cuda(cuda_select(args), what);
   return failed + no_width(args, what);
 }
 
@@ -59,7 +63,7 @@ int check_select_errors(void) {
     failed += SELECT_REFUSED(c.args.rounding = codes[i]);
     failed += SELECT(refused, c.args.batch = bad[i]);
     failed += SELECT(refused, c.args.width = bad[i]);
-    failed += SELECT(refused, c.seq_lens[1] = i == 0 ? 9 : codes[i]);
+    failed += SELECT(refused_contents, c.seq_lens[1] = i == 0 ? 9 : codes[i]);
     if (bad[i] == 0) continue;
     failed += SELECT_REFUSED(c.args.sink = bad[i]);
     failed += SELECT_REFUSED(c.args.tail = bad[i]);
@@ -124,8 +128,9 @@ static void make_gather_packed(small_gather* c) {
   c->args.tokens = 8;
 }
 
-#define GATHER(make, expected, change) \
-  (make(&c), (change), expected(specprefill_gather_tokens_cpu(&c.args, 1), "gather_tokens with " #change))
+#define GATHER(make, expected, change)                                                                              \
+  (make(&c), (change), on_cpu = expected(specprefill_gather_tokens_cpu(&c.args, 1), "gather_tokens with " #change), \
+   on_cpu + expected##_by_cuda(cuda_gather_tokens(&c.args), "gather_tokens on CUDA with " #change))
 
 static int check_gather_tokens_errors(void) {
   small_gather c;
@@ -140,19 +145,19 @@ static int check_gather_tokens_errors(void) {
     if (bad[i] == 0) continue;
     const int32_t few = i == 1 ? -1 : INT32_MIN, many = i == 1 ? SPECPREFILL_MAX_DIMS + 1 : INT32_MAX;
     failed += GATHER(make_gather, refused, c.args.num_outer = few);
-    failed += GATHER(make_gather, refused, c.num_kept[1] = few);
+    failed += GATHER(make_gather, refused_contents, c.num_kept[1] = few);
     failed += GATHER(make_gather, refused, c.args.num_inner = few);
-    failed += GATHER(make_gather, refused, c.indices[3] = few);
+    failed += GATHER(make_gather, refused_contents, c.indices[3] = few);
     failed += GATHER(make_gather, refused, c.args.num_outer = many);
     failed += GATHER(make_gather, refused, c.args.num_inner = many);
     failed += GATHER(make_gather, refused, (c.args.num_outer = 1, c.args.outer_sizes[0] = bad[i]));
     failed += GATHER(make_gather, refused, (c.args.num_inner = 1, c.args.inner_sizes[0] = bad[i]));
-    failed += GATHER(make_gather_packed, refused, c.cu_seqlens[1] = few);
+    failed += GATHER(make_gather_packed, refused_contents, c.cu_seqlens[1] = few);
   }
-  failed += GATHER(make_gather, refused, c.num_kept[0] = 3);
-  failed += GATHER(make_gather, refused, c.indices[1] = 4);
-  failed += GATHER(make_gather_packed, refused, c.cu_seqlens[2] = 9);
-  failed += GATHER(make_gather_packed, refused, c.cu_seqlens[1] = 9);
+  failed += GATHER(make_gather, refused_contents, c.num_kept[0] = 3);
+  failed += GATHER(make_gather, refused_contents, c.indices[1] = 4);
+  failed += GATHER(make_gather_packed, refused_contents, c.cu_seqlens[2] = 9);
+  failed += GATHER(make_gather_packed, refused_contents, c.cu_seqlens[1] = 9);
   failed += GATHER(make_gather, refused, c.args.x = NULL);
   failed += GATHER(make_gather, refused, c.args.values = NULL);
   failed += GATHER(make_gather, refused, c.args.indices = NULL);
@@ -212,8 +217,9 @@ static void make_kv_paged(small_kv* c) {
   c->args.source.stride_row = c->args.source.stride_head = 8;
 }
 
-#define KV(make, expected, change) \
-  (make(&c), (change), expected(specprefill_gather_kv_cpu(&c.args, 1), "gather_kv with " #change))
+#define KV(make, expected, change)                                                                          \
+  (make(&c), (change), on_cpu = expected(specprefill_gather_kv_cpu(&c.args, 1), "gather_kv with " #change), \
+   on_cpu + expected##_by_cuda(cuda_gather_kv(&c.args, 1), "gather_kv on CUDA with " #change))
 
 static int check_gather_kv_errors(void) {
   static const int64_t bad[] = {0, -1, INT64_MIN};
@@ -232,10 +238,10 @@ static int check_gather_kv_errors(void) {
     failed += KV(make_kv, refused, c.args.source.head_dim = c.args.target.head_dim = bad[i]);
     failed += KV(make_kv, refused, c.args.source.item_bytes = c.args.target.item_bytes = bad[i]);
     failed += KV(make_kv, refused, c.args.layout = codes[i]);
-    failed += KV(make_kv, refused, c.indices[1] = codes[i]);
-    failed += KV(make_kv, refused, c.num_kept[0] = codes[i]);
-    failed += KV(make_kv_paged, refused, c.table[1] = codes[i]);
-    failed += KV(make_kv_paged, refused, c.target_table[1] = codes[i]);
+    failed += KV(make_kv, refused_contents, c.indices[1] = codes[i]);
+    failed += KV(make_kv, refused_contents, c.num_kept[0] = codes[i]);
+    failed += KV(make_kv_paged, refused_contents, c.table[1] = codes[i]);
+    failed += KV(make_kv_paged, refused_contents, c.target_table[1] = codes[i]);
   }
   failed += KV(make_kv, refused, c.args.source.data = NULL);
   failed += KV(make_kv, refused, c.args.target.data = NULL);
@@ -249,7 +255,7 @@ static int check_gather_kv_errors(void) {
   failed += KV(make_kv, refused, c.args.target.item_bytes = 2);
   failed += KV(make_kv, refused, c.args.target.tokens = 1);
   failed += KV(make_kv_packed, refused, c.args.target.tokens = 3);
-  failed += KV(make_kv_packed, refused, c.cu_seqlens[2] = 9);
+  failed += KV(make_kv_packed, refused_contents, c.cu_seqlens[2] = 9);
   failed += refused(specprefill_gather_kv_cpu(NULL, 1), "gather_kv without args");
 
   failed += KV(make_kv_packed, accepted, c.args.target.tokens = 4);
