@@ -32,14 +32,17 @@ int launch(const LaunchName& name, void (*kernel)(P...), dim3 grid, unsigned thr
   // An error that an earlier call of somebody else left behind is not this launch's.
   (void)cudaGetLastError();
   if (shared_bytes > (48 << 10)) {
-    SPECPREFILL_TRY(cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(shared_bytes)),
-                                name.text));
+    SPECPREFILL_TRY(cuda_status(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name.text));
   }
 #if defined(SPECPREFILL_EMULATED)
+  (void)stream;
   emulation::launch(grid, dim3(threads), shared_bytes, [=] { kernel(static_cast<P>(arguments)...); });
 #else
+  // clang-format off: it takes the end of a launch for operators
   kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<P>(arguments)...);
+  // clang-format on
 #endif
   return cuda_status(cudaGetLastError(), name.text);
 }
@@ -57,13 +60,13 @@ int resident_blocks(void (*kernel)(P...), unsigned threads, size_t shared_bytes,
   int processors = 0, each = 0;
   SPECPREFILL_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &processors));
   if (shared_bytes > (48 << 10)) {
-    SPECPREFILL_TRY(cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(shared_bytes)),
-                                "cudaFuncSetAttribute"));
+    SPECPREFILL_TRY(cuda_status(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "cudaFuncSetAttribute"));
   }
-  SPECPREFILL_TRY(cuda_status(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor"));
+  SPECPREFILL_TRY(
+      cuda_status(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared_bytes),
+                  "cudaOccupancyMaxActiveBlocksPerMultiprocessor"));
   *blocks = processors * (each > 0 ? each : 1);
   return SPECPREFILL_OK;
 }
