@@ -13,6 +13,7 @@ int check_finalize(random_source* source);
 int check_select(random_source* source);
 int check_gather_tokens(random_source* source);
 int check_gather_kv(random_source* source);
+int check_select_tokens(random_source* source);
 
 /* Calls at the edge of what the types hold: refused with a reason, or right. */
 int check_score_errors(void);

@@ -8,13 +8,15 @@ static struct {
   int64_t cases, seed;
 } options = {200, 1};
 
+enum { CHECKS = 6 };
+
 static void* run_cases(void* failures) {
-  static int (*const checks[])(random_source*) = {check_score, check_finalize, check_select, check_gather_tokens,
-                                                  check_gather_kv};
-  static const char* const names[] = {"score", "finalize", "select", "gather_tokens", "gather_kv"};
+  static int (*const checks[])(random_source*) = {check_score,         check_finalize,  check_select,
+                                                  check_gather_tokens, check_gather_kv, check_select_tokens};
+  static const char* const names[] = {"score", "finalize", "select", "gather_tokens", "gather_kv", "select_tokens"};
   for (int64_t i = 0; i < options.cases; ++i) {
-    for (int which = 0; which < 5; ++which) {
-      random_source source = {(uint64_t)((options.seed + i) * 5 + which) << 20};
+    for (int which = 0; which < CHECKS; ++which) {
+      random_source source = {(uint64_t)((options.seed + i) * CHECKS + which) << 20};
       if (checks[which](&source)) {
         fprintf(stderr, "  in %s; again with: specprefill_check 1 %lld\n", names[which], (long long)(options.seed + i));
         ++*(int64_t*)failures;
