@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import specprefill_kernels as spk
-from bench import measure
+from bench import goals, measure
 from bench.problems import Problem, WrongResult, problems, verify
 
 EAGER = "reference"
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.out / "timing.txt").write_text(table(rows, copy_rate) + "\n")
     text = table(rows, copy_rate) + (f"\ncut {report['cut']}" if "cut" in report else "")
+    text = "\n".join([text, *goals.reached(rows)])
     (options.out / "timing.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "timing.txt").write_text(text + "\n")
     print(f"\n{text}")

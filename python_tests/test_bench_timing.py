@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the bench is not part of the package
 
-from bench import measure, timing, traffic, truth  # noqa: E402
+from bench import goals, measure, timing, traffic, truth  # noqa: E402
 from bench.problems import Problem, WrongResult, problems, verify  # noqa: E402
 
 OPS = {
@@ -96,6 +96,30 @@ def test_a_graph_that_fails_costs_no_other_figure(monkeypatch):
     assert rows[1]["failed"] == "as a CUDA graph: RuntimeError: planted"
     assert "seconds" in rows[1]
     assert "graph_seconds" in rows[2]
+
+
+def test_goals_are_said():
+    def row(op: str, shape: str, of_copy: float = 0.0, graph: float | None = None, backend: str = "cuda") -> dict:
+        times = {"seconds": {"p50": 50e-6}} | ({"graph_seconds": {"p50": graph}} if graph else {})
+        return {"op": op, "shape": shape, "backend": backend, "of_copy": of_copy, **times}
+
+    rows = [
+        row("score_layer", "Llama-3.1-8B 128K lse", 0.85),
+        row("score_layer", "Llama-3.1-8B 128K", 0.5),
+        row("score_layer", "Llama-3.1-8B 128K", 0.1, backend="triton"),
+        row("score_layer", "Llama-3.1-8B 32K", 0.1),
+        row("select_tokens", "128K ids", graph=25e-6),
+        row("select_tokens", "128K ids"),
+        {"op": "select_tokens", "shape": "128K ids", "backend": "cuda", "skipped": "no GPU"},
+    ]
+    assert goals.reached(rows) == [
+        "score_layer Llama-3.1-8B 128K lse on cuda: 85% of a copy, goal 80%",
+        "score_layer Llama-3.1-8B 128K on cuda: 50% of a copy, goal 55%, NOT REACHED",
+        "select_tokens 128K ids on cuda: 25.0 us, goal 30 us",
+        "select_tokens 128K ids on cuda: 50.0 us, goal 30 us, NOT REACHED",
+    ]
+    makers = {(op, make().shape) for op, make in problems("cpu", quick=True)}
+    assert all(any(op == goal.op for op, _ in makers) for goal in goals.GOALS)
 
 
 def test_wrong_integers_and_shapes_are_refused():
