@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from cuobjdump import INSTRUCTION, STACK_ACCESSES, TENSOR_CORE, resources
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -182,18 +183,10 @@ def _read_cubin(binary: bytes, result: Result, disassemble: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary)
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _dump(cubin, "-res-usage"))
-        if found is None:
-            raise RuntimeError("cuobjdump -res-usage: no resource line")
-        result.registers, stack, local = (int(number) for number in found.groups())
-        result.stack = stack + local
+        (kernel,) = resources(_dump(cubin, "-res-usage").splitlines())
+        result.registers, result.stack = kernel.registers, kernel.stack
         if disassemble or result.stack:
             _read_sass(_dump(cubin, "-sass"), result)
-
-
-# e.g. "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)")
-TENSOR_CORE = re.compile(r"[HIQOBD]G?MMA|UTC\w*MMA")
 
 
 def _read_sass(text: str, result: Result) -> None:
@@ -205,5 +198,5 @@ def _read_sass(text: str, result: Result) -> None:
         elif name in ("LDG", "STG", "LDGSTS"):
             result.accesses += 1
             result.wide += ".128" in suffix or ".256" in suffix
-        elif name in ("LDL", "STL"):
+        elif name in STACK_ACCESSES:
             result.spilled += 1
