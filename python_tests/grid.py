@@ -1,8 +1,9 @@
 """The grid of backends that the op tests run on, and how they compare.
 
 Columns: `reference` and `cpu` on CPU tensors, always. With TRITON_INTERPRET=1 also `triton` on CPU tensors, and with
-SPECPREFILL_EMULATION=<module> (csrc/emulation/build.py makes it) `cuda`. On a machine with a GPU also every backend that takes its tensors, and the reference on them (`reference_gpu`); those
-parameters carry the marker `gpu`, so that `pytest -m gpu` runs exactly what needs one.
+SPECPREFILL_EMULATION=<module> (csrc/emulation/build.py makes it) `cuda`. On a machine with a GPU also every backend
+that takes its tensors, and the reference on them (`reference_gpu`); those parameters carry the marker `gpu`, so that
+`pytest -m gpu` runs exactly what needs one.
 """
 
 from __future__ import annotations

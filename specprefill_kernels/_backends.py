@@ -106,14 +106,20 @@ def _device_of(module: Any, backend: str) -> str | None:
     return getattr(module, "DEVICE_TYPE", DEVICE_OF_BACKEND.get(backend))
 
 
+def takes_others(op: str, backend: str, device: str) -> str | None:
+    """Why a backend that can run is not for tensors of this device, or None."""
+    module, _ = _load(op, backend)
+    taken = None if module is None else _device_of(module, backend)
+    return None if taken in (None, device) else f"takes {taken} tensors here"
+
+
 @cache
 def _automatic(op: str, device: str) -> str:
     reasons: dict[str, str | None] = {}
     for backend in PREFERENCE.get(device, ("reference",)):
-        module, reason = _load(op, backend)
-        if module is not None and _device_of(module, backend) not in (None, device):
-            module, reason = None, f"takes {_device_of(module, backend)} tensors here"
-        if module is not None:
+        _, reason = _load(op, backend)
+        reason = reason or takes_others(op, backend, device)
+        if reason is None:
             passed_over = "; ".join(f"{name}: {why}" for name, why in reasons.items())
             logger.info("%s on %s runs on backend %s%s", op, device, backend, f" ({passed_over})" if reasons else "")
             return backend

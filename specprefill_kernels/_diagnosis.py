@@ -29,6 +29,7 @@ def config_rows() -> list[tuple[str, str]]:
         ("gpu", _guarded(_gpu)),
         ("build", _guarded(_build)),
         ("compiled kernels", _guarded(_compiled)),
+        ("cuda kernels", _guarded(_cuda)),
         ("triton kernels", _guarded(_triton)),
         ("model cache", _guarded(_cache)),
         *_models(),
@@ -87,12 +88,15 @@ def _gpu() -> str:
 
 
 def _build() -> str:
-    try:
-        from specprefill_kernels._build_info import BUILD_INFO
-    except ImportError:
+    from specprefill_kernels import _native
+
+    info = _native.build_info()
+    if not info:
         return "not built: pure Python"
-    left_out: Any = BUILD_INFO.get("left_out") or {}
-    parts = [f"{BUILD_INFO['mode']}, {BUILD_INFO.get('compiler', 'nothing compiled')}"]
+    left_out: Any = info.get("left_out") or {}
+    parts = [f"{info['mode']}, {info.get('compiler', 'nothing compiled')}"]
+    if info.get("cuda"):
+        parts.append(f"{info.get('cuda_compiler')} for {info.get('cuda_architectures')}")
     parts += [f"no {what}: {why}" for what, why in left_out.items()]
     return "; ".join(parts)
 
@@ -109,6 +113,33 @@ def _compiled() -> str:
     if bound not in known:
         note = f" (SPECPREFILL_INSTRUCTION_SET={bound} bounds nothing: expected one of {', '.join(known[1:])})"
     return f"yes, {_native.module().instruction_set()}{note}"
+
+
+def _cuda() -> str:
+    """Where CUDA kernels run, and what for they were compiled."""
+    import torch
+
+    from specprefill_kernels import _cuda as launcher
+
+    reason = launcher.unavailable()
+    if launcher.EMULATED:
+        return f"no: {reason}" if reason else f"emulated on CPU tensors, slowly ({launcher.EMULATION})"
+    if launcher.left_out():
+        return f"no: {reason}"
+    code = f"compiled for {_native_module().cuda_architectures()}"
+    if reason:
+        return f"no: {reason}; {code}"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return f"on {', '.join(devices)}; {code}"
+
+
+def _native_module() -> Any:
+    from specprefill_kernels import _native
+
+    return _native.module()
 
 
 def _triton() -> str:
@@ -143,10 +174,11 @@ def _automatic(device: str) -> str:
         reasons = _backends.available_backends(op)
         passed, chosen = [], "nothing"
         for backend in _backends.PREFERENCE[device]:
-            if reasons[backend] is None:
+            reason = reasons[backend] or _backends.takes_others(op, backend, device)
+            if reason is None:
                 chosen = backend
                 break
-            passed.append(f"{backend}: {reasons[backend]}")
+            passed.append(f"{backend}: {reason}")
         why = f" ({'; '.join(passed)})" if passed else ""
         ops_of.setdefault(chosen + why, []).append(op)
     if len(ops_of) == 1:

@@ -51,6 +51,7 @@ def score_workspace_size(
     small tile per thread, at torch's present number of threads; with more than this the backend scores several heads
     between two meetings of its threads.
     "triton": 8 bytes per row and stretch of keys, of every layer of a launch and every sequence, on the current device.
+    "cuda": partial sums of the rows of every layer and sequence, on the current device.
     """
     sizes = {
         "look_ahead": look_ahead,
@@ -64,7 +65,7 @@ def score_workspace_size(
     for name, value in sizes.items():
         _checks.integer(name, value, 1)
     _checks.odd("pool_kernel_size", pool_kernel_size)
-    _checks.choice("backend", backend, ("cpu", "triton"))
+    _checks.choice("backend", backend, ("cpu", "triton", "cuda"))
     size = _backends.implementation_of("score_layers", "score_workspace_size", backend)
     return int(size(batch, look_ahead, num_q_heads, num_kv_heads, head_dim, max_len, layers, pool_kernel_size))
 
