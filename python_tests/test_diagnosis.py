@@ -21,6 +21,7 @@ def reasons(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str]) -> None:
     """Pretend that these backends are missing, for these reasons, and all others there."""
     answer = {backend: missing.get(backend) for backend in _backends.BACKENDS}
     monkeypatch.setattr(_backends, "available_backends", lambda op: answer)
+    monkeypatch.setattr(_backends, "takes_others", lambda op, backend, device: None)
 
 
 def test_auto_takes_the_first_backend_that_runs(monkeypatch):

@@ -34,8 +34,8 @@ class BackendUnavailable(RuntimeError):
 
 
 @cache
-def _load(op: str, backend: str) -> tuple[Any, str | None]:
-    """The module that implements `op` on `backend`, or (None, reason)."""
+def _import(op: str, backend: str) -> tuple[Any, str | None]:
+    """The module that implements `op` on `backend`, whether or not it can run here, or (None, reason)."""
     name = f"specprefill_kernels.ops.{ROOMS[op]}.{SUBMODULES[backend]}"
     try:
         module = importlib.import_module(name)
@@ -45,6 +45,15 @@ def _load(op: str, backend: str) -> tuple[Any, str | None]:
         return None, f"{error.name} is not installed"
     except Exception as error:  # a broken install must say what is broken, not take the other backends down
         return None, f"{type(error).__name__}: {error}"
+    return module, None
+
+
+@cache
+def _load(op: str, backend: str) -> tuple[Any, str | None]:
+    """The module that implements `op` on `backend`, or (None, reason)."""
+    module, reason = _import(op, backend)
+    if module is None:
+        return None, reason
     reason = module.unavailable() if hasattr(module, "unavailable") else None
     return (None, reason) if reason else (module, None)
 
@@ -135,7 +144,7 @@ def resolve(op: str, backend: str, device: str) -> str:
     if backend == "auto":
         return _automatic(op, device)
     module, reason = _load(op, backend)
-    wanted = _device_of(module, backend)
+    wanted = _device_of(module or _import(op, backend)[0], backend)
     if wanted not in (None, device):
         raise BackendUnavailable(f"{op}: backend {backend!r} takes {wanted} tensors, got {device} tensors")
     if module is None:
