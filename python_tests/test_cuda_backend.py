@@ -50,6 +50,15 @@ def test_where_all_is_there_it_runs(machine):
 
 
 @not_emulated
+def test_show_config_names_the_gpu_and_the_architectures(machine):
+    machine.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    machine.setattr(_cuda, "unavailable", _cuda.unavailable.__wrapped__)
+    assert spk._diagnosis._cuda() == "on NVIDIA H100 (sm_90); compiled for sm_80 sm_90 compute_90"
+    machine.setattr(_cuda, "unavailable", lambda: "no GPU")
+    assert spk._diagnosis._cuda() == "no: no GPU; compiled for sm_80 sm_90 compute_90"
+
+
+@not_emulated
 def test_without_a_compiled_module(machine):
     machine.setattr(_native, "_C", None)
     machine.setattr(_native, "_reason", "the compiled module is not there")

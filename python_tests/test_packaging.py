@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -18,6 +19,12 @@ from specprefill_kernels import _native
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(spk.__file__).parent
 
+try:
+    import setuptools
+except ImportError:
+    setuptools = None
+
+needs_setup = pytest.mark.skipif(setuptools is None, reason="setuptools is not installed")
 needs_compiled = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
 
 # Runs in a process whose package has no compiled module.
@@ -54,7 +61,13 @@ def test_the_build_info_names_what_was_built():
     assert "generic" in info["isas"]
     assert _native.module().instruction_set() in info["isas"]
     assert info["cuda"] or info["left_out"]["cuda"], "CUDA is neither built nor is there a reason"
+    assert info["cuda"] == hasattr(_native.module(), "cuda_architectures")
     shown = spk.show_config()
+    if info["cuda"]:
+        assert _native.module().cuda_architectures() == info["cuda_architectures"]
+        assert f"{info['cuda_compiler']} for {info['cuda_architectures']}" in shown
+    else:
+        assert info["left_out"]["cuda"] in shown
     assert info["compiler"] in shown
     assert _native.module().instruction_set() in shown
 
@@ -75,6 +88,8 @@ def test_the_stub_names_what_the_module_has():
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
     declared = {node.name for node in stub.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     present = {name for name in vars(_native.module()) if not name.startswith("_")}
+    if not hasattr(_native.module(), "cuda_unavailable"):
+        declared = {name for name in declared if "cuda" not in name}
     assert declared == present
 
 
@@ -88,11 +103,77 @@ def test_the_stub_counts_arguments_as_the_module_does():
             function = next(member for member in node.body if isinstance(member, ast.FunctionDef))
         if not isinstance(function, ast.FunctionDef):
             continue
+        if "cuda" in node.name and not hasattr(module, "cuda_unavailable"):
+            continue
         target = getattr(module, node.name)
         documented = (target.__init__ if isinstance(node, ast.ClassDef) else target).__doc__
         numbers = {int(number) for number in re.findall(r"\barg(\d+):", documented)}
         first = 1 if isinstance(node, ast.ClassDef) else 0  # self is named, not numbered
         assert numbers == set(range(len(function.args.posonlyargs) - first)), node.name
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py's own functions: it is run, and sets up nothing."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for variable in ("SPECPREFILL_BUILD", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX"):
+        monkeypatch.delenv(variable, raising=False)
+    return lambda: runpy.run_path(str(ROOT / "setup.py"))
+
+
+def fake_nvcc(folder: Path, *lines: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@needs_setup
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_nvcc_is_found_where_the_environment_says(setup, tmp_path, monkeypatch, variable):
+    nvcc = fake_nvcc(tmp_path)
+    value = {"CUDACXX": nvcc, "PATH": nvcc.parent}.get(variable, tmp_path)
+    monkeypatch.setenv(variable, str(value))
+    assert setup()["find_nvcc"]() == str(nvcc)
+
+
+@needs_setup
+def test_an_nvcc_that_is_named_and_not_there_is_not_found(setup, monkeypatch):
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    functions = setup()
+    assert functions["find_nvcc"]() is None
+    assert functions["cuda_left_out"](None).startswith("nvcc not found: install the CUDA toolkit")
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (
+            [
+                "echo 'In file included from cuda_runtime.h:1:' >&2",
+                "echo '#error -- unsupported GNU version!' >&2",
+                "exit 1",
+            ],
+            "#error -- unsupported GNU version!",
+        ),
+        (["echo 'Value c++17 is not defined'", "exit 1"], "Value c++17 is not defined"),
+        (["exit 3"], "exit status 3"),
+    ],
+    ids=["host compiler", "old", "silent"],
+)
+def test_an_nvcc_that_does_not_compile_is_left_out_with_its_words(setup, tmp_path, lines, says):
+    nvcc = fake_nvcc(tmp_path, *lines)
+    assert setup()["cuda_left_out"](str(nvcc)) == f"{nvcc} does not compile a kernel here: {says}"
+
+
+@needs_setup
+def test_an_nvcc_that_compiles_is_used(setup, tmp_path, monkeypatch):
+    nvcc = fake_nvcc(tmp_path, "exit 0")
+    assert setup()["cuda_left_out"](str(nvcc)) is None
+    monkeypatch.setenv("SPECPREFILL_BUILD", "cpu")
+    assert setup()["cuda_left_out"](str(nvcc)) == "SPECPREFILL_BUILD=cpu"
 
 
 def test_without_the_compiled_module_the_reference_works():
