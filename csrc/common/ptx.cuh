@@ -7,8 +7,8 @@ namespace specprefill {
 
 // ---- copies that run beside the arithmetic (PTX ISA: cp.async) ----
 
-// Queues a copy of `bytes` (0 to 16) from global to shared memory; the rest of the 16 bytes becomes zero. Both addresses
-// are multiples of 16; `from` must be valid even for no bytes.
+// Queues a copy of `bytes` (0 to 16) from global to shared memory; the rest of the 16 bytes becomes zero. Both
+// addresses are multiples of 16; `from` must be valid even for no bytes.
 __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from, int bytes) {
 #if defined(SPECPREFILL_EMULATED)
   emulation::copy_async_16(to_shared, from, bytes);
@@ -40,9 +40,10 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- tensor cores (PTX ISA: mma.sync.aligned.m16n8k16.row.col) ----
 //
-// Lane l has group g = l / 4 and thread t = l % 4. a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns 2t, 2t + 1 (a[0],
-// a[1]) and 2t + 8, 2t + 9 (a[2], a[3]). b: column g, rows 2t, 2t + 1 (b[0]) and 2t + 8, 2t + 9 (b[1]). c: rows g (c[0],
-// c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1. The element of the lower index is in the lower half of a register.
+// Lane l has group g = l / 4 and thread t = l % 4. a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns 2t, 2t + 1
+// (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]). b: column g, rows 2t, 2t + 1 (b[0]) and 2t + 8, 2t + 9 (b[1]). c: rows
+// g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1. The element of the lower index is in the lower half of
+// a register.
 
 // c += a * b, bf16 with fp32 sums.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -98,6 +99,30 @@ __device__ __forceinline__ float f16_to_float(uint32_t bits) {
   float x;
   asm("{.reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
   return x;
+#endif
+}
+
+// Two fp8 (e4m3fn, or e5m2) in the lower 16 bits as fp16, exactly; the lower byte becomes the lower half.
+__device__ __forceinline__ uint32_t f8_pair_to_f16(uint32_t pair, bool e5m2) {
+#if !defined(SPECPREFILL_EMULATED) && __CUDA_ARCH__ >= 890
+  uint32_t two;
+  const auto bits = static_cast<uint16_t>(pair);
+  if (e5m2) {
+    asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(two) : "h"(bits));
+  } else {
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"(bits));
+  }
+  return two;
+#else
+  const uint32_t wide = (pair & 0xffu) << 8 | (pair & 0xff00u) << 16;
+  if (e5m2) return wide;  // the upper half of an fp16
+  // The same bits mean a number 2^8 as large, with an exponent one bit shorter and NaN where the largest one would be.
+  const auto scaled = [](uint32_t half) {
+    const uint32_t magnitude = half & 0x7f00u;
+    if (magnitude == 0x7f00u) return __uint_as_float(0x7fffffffu);
+    return __fmul_rn(f16_to_float((half & 0x8000u) | magnitude >> 1), 256.0f);
+  };
+  return pack_f16(scaled(wide & 0xffffu), scaled(wide >> 16));
 #endif
 }
 

@@ -245,8 +245,8 @@ SPECPREFILL_API int specprefill_gather_tokens_cuda(const specprefill_gather_toke
 /* num_caches: 1, or 2 for keys and values in one launch. */
 SPECPREFILL_API int specprefill_gather_kv_cuda(const specprefill_gather_kv* args, int64_t num_caches, void* stream);
 
-/* From the state to packed tokens: finalize's importance is select's input, select's indices are gather's. gather may be
- * NULL. */
+/* From the state to packed tokens: finalize's importance is select's input, select's indices are gather's. gather may
+ * be NULL. */
 SPECPREFILL_API int specprefill_select_tokens_cuda(const specprefill_finalize* finalize,
                                                    const specprefill_select* select,
                                                    const specprefill_gather_tokens* gather, void* workspace,

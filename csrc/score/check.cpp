@@ -48,6 +48,8 @@ int check_options(const specprefill_score& args) {
     SPECPREFILL_REQUIRE(args.block_table && args.seq_lens,
                         "block_table and seq_lens: expected with paged keys, got none");
   }
+  SPECPREFILL_REQUIRE(args.layout != SPECPREFILL_PACKED || args.cu_seqlens,
+                      "cu_seqlens: expected a tensor with the packed layout, got none");
   return SPECPREFILL_OK;
 }
 
@@ -72,6 +74,11 @@ int check_layer(const specprefill_score& args, const specprefill_layer& layer, i
   SPECPREFILL_REQUIRE(layer.key_rows >= rows_needed && layer.key_tokens >= 1,
                       "key of layer %lld: expected %lld sequences with tokens, got %lld rows of %lld", ll(index),
                       ll(rows_needed), ll(layer.key_rows), ll(layer.key_tokens));
+  return SPECPREFILL_OK;
+}
+
+// Lengths, blocks and lse, against the buffers of one layer.
+int check_contents(const specprefill_score& args, const specprefill_layer& layer) {
   if (args.layout == SPECPREFILL_PACKED) {
     SPECPREFILL_TRY(check_cu_seqlens(args.cu_seqlens, args.batch, layer.key_tokens));
   }
@@ -116,11 +123,17 @@ int64_t readable_length(const specprefill_score& args, int64_t b) {
   return prompt_length(args, b) + (extra ? rows_of(args, b) - 1 : 0);
 }
 
-int check_score(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers) {
+int check_score_sizes(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers) {
   SPECPREFILL_TRY(check_options(args));
   SPECPREFILL_REQUIRE(layers && num_layers >= 1, "layers: expected at least one, got %lld", ll(num_layers));
-  SPECPREFILL_TRY(check_lengths("num_look_ahead", args.num_look_ahead, args.batch, args.look_ahead));
   for (int64_t i = 0; i < num_layers; ++i) SPECPREFILL_TRY(check_layer(args, layers[i], i));
+  return SPECPREFILL_OK;
+}
+
+int check_score(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers) {
+  SPECPREFILL_TRY(check_score_sizes(args, layers, num_layers));
+  SPECPREFILL_TRY(check_lengths("num_look_ahead", args.num_look_ahead, args.batch, args.look_ahead));
+  for (int64_t i = 0; i < num_layers; ++i) SPECPREFILL_TRY(check_contents(args, layers[i]));
   return SPECPREFILL_OK;
 }
 

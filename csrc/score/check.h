@@ -1,10 +1,14 @@
-// Everything that can be wrong with the arguments of a score call, found before any memory is read or written.
+// What can be wrong with the arguments of a score call, found before anything is computed.
 #pragma once
 
 #include "specprefill.h"
 
 namespace specprefill {
 
+// Pointers, sizes, strides and options: all that can be seen without reading tensors.
+int check_score_sizes(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers);
+
+// These, and the contents of host memory: lengths, offsets, blocks, lse.
 int check_score(const specprefill_score& args, const specprefill_layer* layers, int64_t num_layers);
 
 // Valid look-ahead rows of sequence b.

@@ -1,0 +1,3 @@
+#include "score/kernels.cuh"
+
+template specprefill::ScoreKernel specprefill::score_kernel_for<specprefill::KeysBf16>(int, int, int);
