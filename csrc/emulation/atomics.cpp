@@ -10,9 +10,9 @@ namespace emulation {
 
 namespace {
 
-// Before an operation on memory that other threads use at the same time. `value` is what is read there.
+// Before an operation on memory that other threads use at the same time, by the code at `where`.
 template <class T>
-void begin(const T* address, races::Atomic kind) {
+void begin(const T* address, races::Atomic kind, const void* where) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) {
     fail("uses %p atomically, which is no multiple of %zu", static_cast<const void*>(address), sizeof(T));
   }
@@ -20,7 +20,7 @@ void begin(const T* address, races::Atomic kind) {
   // In random order threads of other blocks may come in between.
   Grid& grid = *thread.block->grid;
   if (grid.order.kind == Order::random && grid.random.below(16) == 0) give_way(true);
-  races::atomic(address, sizeof(T), kind);
+  races::atomic(address, sizeof(T), kind, where);
 }
 
 // A loop of operations that change nothing waits for another thread, which must have its turn.
@@ -59,7 +59,7 @@ T result(Update kind, T old, T operand) {
 template <class T>
 T update(Update kind, T* address, T operand) {
   running("an atomic function");
-  begin(address, races::Atomic::update);
+  begin(address, races::Atomic::update, __builtin_return_address(0));
   const T old = *address;
   const T desired = result(kind, old, operand);
   *address = desired;
@@ -70,7 +70,7 @@ T update(Update kind, T* address, T operand) {
 template <class T>
 T compare_and_swap(T* address, T expected, T desired) {
   running("atomicCAS");
-  begin(address, races::Atomic::update);
+  begin(address, races::Atomic::update, __builtin_return_address(0));
   const T old = *address;
   if (old == expected) *address = desired;
   end(old == expected && old != desired);
@@ -89,7 +89,7 @@ template unsigned long long compare_and_swap(unsigned long long*, unsigned long 
 
 unsigned load_acquire(const unsigned* address) {
   running("load_acquire");
-  begin(address, races::Atomic::load);
+  begin(address, races::Atomic::load_acquire, __builtin_return_address(0));
   const unsigned value = *address;
   end(false);
   return value;
@@ -97,7 +97,7 @@ unsigned load_acquire(const unsigned* address) {
 
 void store_release(unsigned* address, unsigned value) {
   running("store_release");
-  begin(address, races::Atomic::store);
+  begin(address, races::Atomic::store_release, __builtin_return_address(0));
   const bool changed = *address != value;
   *address = value;
   end(changed);

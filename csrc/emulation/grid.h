@@ -18,6 +18,10 @@ struct Block;
 struct Grid;
 struct Thread;
 
+namespace races {
+struct History;
+}
+
 enum class State : uint8_t {
   ready,
   slept,       // has given way: goes on in its block's next turn
@@ -90,6 +94,7 @@ struct Block {
   std::vector<Thread*> threads;
   std::vector<Warp> warps;
   SharedBlock shared;
+  std::shared_ptr<races::History> history;  // where races are looked for
 };
 
 struct Grid {

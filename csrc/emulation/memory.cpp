@@ -14,14 +14,14 @@ void check_aligned(const char* what, const void* address, size_t bytes) {
 }
 
 // The bytes of a copy that has arrived.
-void finish_copy(const Copy& copy) {
-  races::finish_copy(copy.to, copy.from, static_cast<size_t>(copy.bytes), 16);
+void finish_copy(const Copy& copy, const void* where) {
+  races::finish_copy(copy.to, copy.from, static_cast<size_t>(copy.bytes), where);
   std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   std::memset(copy.to + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
 }
 
-void finish_copies(Thread& thread, size_t count) {
-  for (size_t i = 0; i < count; ++i) finish_copy(thread.copies[i]);
+void finish_copies(Thread& thread, size_t count, const void* where) {
+  for (size_t i = 0; i < count; ++i) finish_copy(thread.copies[i], where);
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(count));
 }
 
@@ -41,7 +41,7 @@ void copy_async_16(void* to_shared, const void* from, int bytes) {
   }
   if (shared.near(from)) fail("copies asynchronously from shared memory: expected global memory");
   const Copy copy{static_cast<unsigned char*>(to_shared), static_cast<const unsigned char*>(from), bytes};
-  races::start_copy(to_shared, 16);
+  races::start_copy(to_shared, from, static_cast<size_t>(bytes), __builtin_return_address(0));
   // The bytes may come at any time from here to the wait. Late shows a wait that is missing, and early, at times, a
   // target that others still read; nobody may read it in between, so it can be NaN meanwhile.
   Grid& grid = *thread.block->grid;
@@ -70,7 +70,7 @@ void copy_async_wait(int pending) {
   size_t count = 0;
   for (size_t i = 0; i < groups; ++i) count += thread.committed[i];
   thread.committed.erase(thread.committed.begin(), thread.committed.begin() + static_cast<ptrdiff_t>(groups));
-  finish_copies(thread, count);
+  finish_copies(thread, count, __builtin_return_address(0));
 }
 
 }  // namespace emulation

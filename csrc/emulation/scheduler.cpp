@@ -19,7 +19,7 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 // Turns in a row in which every thread that ran only found that it must wait on. A wait that ends at all ends within as
 // many turns as there are steps between the threads that depend on each other, which is far less.
-constexpr int kIdleTurns = 4000;
+constexpr int kIdleTurns = 1000;
 
 [[noreturn]] void thread_main() {
   Thread& thread = *self;
@@ -49,7 +49,6 @@ Thread* ThreadPool::take() {
     stack.thread = new (stack.memory + kStackBytes - used) Thread;
     stack.thread->fiber.stack = stack.memory;
     stack.thread->fiber.stack_bytes = kStackBytes - used;
-    races::forget_range(stack.memory, kStackBytes);
     stacks_.push_back(stack);
     free_.push_back(stack.thread);
   }
@@ -110,7 +109,6 @@ void Scheduler::start_block(Grid& grid, uint64_t number) {
 }
 
 bool Scheduler::finish_block(Grid& grid, Block& block) {
-  races::finish_block(block);
   for (Thread* thread : block.threads) pool_.give_back(thread);
   ptrdiff_t written = 0;
   if (block.shared.finish(&written)) return true;
@@ -136,7 +134,6 @@ void Scheduler::resume(Grid& grid, Thread& thread) {
   Warp& warp = block.warps[thread.rank / 32];
   --block.live;
   warp.exited |= 1u << thread.lane();
-  races::exit_thread(thread);
   // Others may have been waiting for this thread to come or to exit.
   finish_meetings_without(warp, thread.lane());
   finish_barrier_if_all_here(block);
@@ -190,10 +187,9 @@ bool Scheduler::some_can_go_on(const Block& block) const {
 
 // After a failure too: threads that have not exited are simply never resumed. Nothing is lost with them, as kernels own
 // nothing.
-void Scheduler::clear(Grid& grid) {
+void Scheduler::clear() {
   for (auto& block : active_) {
     ptrdiff_t written;
-    races::finish_block(*block);
     block->shared.finish(&written);
     for (Thread* thread : block->threads) pool_.give_back(thread);
     idle_.push_back(std::move(block));
@@ -201,11 +197,11 @@ void Scheduler::clear(Grid& grid) {
   active_.clear();
   place = nullptr;
   self = nullptr;
-  races::finish_grid(grid);
+  races::finish_grid();
 }
 
 bool Scheduler::run(Grid& grid, uint64_t resident) {
-  races::start_grid(grid);
+  races::start_grid();
   // How many blocks take turns. More than one only where blocks wait for each other, or by chance: a block that runs on
   // its own stays in the cache.
   uint64_t together = 1;
@@ -253,7 +249,7 @@ bool Scheduler::run(Grid& grid, uint64_t resident) {
       break;
     }
   }
-  clear(grid);
+  clear();
   return grid.error.empty();
 }
 

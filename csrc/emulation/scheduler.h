@@ -40,7 +40,7 @@ class Scheduler {
   bool take_turns(Grid& grid, Warp& warp);
   void resume(Grid& grid, Thread& thread);
   bool some_can_go_on(const Block& block) const;
-  void clear(Grid& grid);
+  void clear();
 
   ThreadPool pool_;
   std::vector<std::unique_ptr<Block>> active_, idle_;

@@ -144,8 +144,8 @@ void sleep() {
 }
 
 void fence(bool block_only) {
-  Thread& thread = running("__threadfence");
-  if (!block_only) races::fence(thread);
+  running("__threadfence");
+  races::fence(block_only);
 }
 
 void finish_barrier_if_all_here(Block& block) {
