@@ -55,7 +55,7 @@ CUDA_PACKAGES = ("nvidia-", "cuda-")
 # thread that their spinning keeps from running: seven tokens of a 135M model took 12 s, and 0.5 s when they sleep.
 QUIET_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-CPP_SUFFIXES = (".c", ".cpp", ".h", ".cu", ".cuh")
+CPP_SUFFIXES = (".c", ".cpp", ".h", ".cu", ".cuh", ".cmake")
 
 
 class SetupError(Exception):
@@ -191,7 +191,8 @@ def source_files() -> Iterable[Path]:
 
 
 def fingerprint() -> str:
-    digest = hashlib.sha256(f"{sys.version} {os.environ.get('SPECPREFILL_BUILD', '')} {ROOT}".encode())
+    choices = [os.environ.get(f"SPECPREFILL_{name}", "") for name in ("BUILD", "CUDA_ARCHITECTURES")]
+    digest = hashlib.sha256(f"{sys.version} {choices} {ROOT}".encode())
     for path in source_files():
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -203,7 +204,16 @@ def install_triton() -> None:
         need(TRITON, pip("install", TRITON))
 
 
+def choose_kernels() -> None:
+    """CUDA kernels are compiled for this machine's GPU, or left out where there is none: all GPUs take minutes."""
+    if has_gpu():
+        os.environ.setdefault("SPECPREFILL_CUDA_ARCHITECTURES", "native")
+    else:
+        os.environ.setdefault("SPECPREFILL_BUILD", "cpu")
+
+
 def set_up(extras: str) -> None:
+    choose_kernels()
     wanted = set(extras.split(","))
     source = fingerprint()
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}

@@ -124,7 +124,7 @@ ASK = """
 import torch
 import specprefill_kernels as spk
 print(spk.available_backends("finalize_importance")["cuda"])
-print(dict(spk._diagnosis.config_rows())["cuda kernels"])
+print(spk._diagnosis._cuda())
 try:
     spk.finalize_importance(torch.rand(1, 1, 8), backend="cuda")
 except spk.BackendUnavailable as error:
