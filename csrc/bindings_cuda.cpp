@@ -15,7 +15,6 @@ void bind_cuda(py::module_& m) {
     const int status = specprefill::check_capability(architectures, major, minor);
     return std::string(status == SPECPREFILL_OK ? "" : specprefill_last_error());
   });
-#if defined(SPECPREFILL_CUDA_SCORE)
   m.def("score_workspace_size_cuda", &specprefill_score_workspace_size_cuda);
   m.def("score_layers_cuda", [](const specprefill_score& args, const std::vector<specprefill_layer>& layers,
                                 uintptr_t workspace, size_t workspace_bytes, uintptr_t stream) {
@@ -24,13 +23,9 @@ void bind_cuda(py::module_& m) {
                                            pointer<void>(workspace), workspace_bytes, pointer<void>(stream));
     });
   });
-#endif
-#if defined(SPECPREFILL_CUDA_FINALIZE)
   m.def("finalize_cuda", [](const specprefill_finalize& args, uintptr_t stream) {
     run([&] { return specprefill_finalize_cuda(&args, pointer<void>(stream)); });
   });
-#endif
-#if defined(SPECPREFILL_CUDA_SELECT)
   m.def("select_workspace_size_cuda", &specprefill_select_workspace_size_cuda);
   m.def("select_cuda",
         [](const specprefill_select& args, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream) {
@@ -38,8 +33,6 @@ void bind_cuda(py::module_& m) {
             return specprefill_select_cuda(&args, pointer<void>(workspace), workspace_bytes, pointer<void>(stream));
           });
         });
-#endif
-#if defined(SPECPREFILL_CUDA_GATHER)
   m.def("gather_tokens_cuda", [](const specprefill_gather_tokens& args, uintptr_t stream) {
     run([&] { return specprefill_gather_tokens_cuda(&args, pointer<void>(stream)); });
   });
@@ -48,8 +41,6 @@ void bind_cuda(py::module_& m) {
       return specprefill_gather_kv_cuda(caches.data(), static_cast<int64_t>(caches.size()), pointer<void>(stream));
     });
   });
-#endif
-#if defined(SPECPREFILL_CUDA_SELECT)
   m.def("select_tokens_cuda",
         [](const specprefill_finalize& finalize, const specprefill_select& select,
            const specprefill_gather_tokens& gather, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream) {
@@ -58,5 +49,4 @@ void bind_cuda(py::module_& m) {
                                                   workspace_bytes, pointer<void>(stream));
           });
         });
-#endif
 }
