@@ -29,11 +29,14 @@ struct Four {
   float x[4];
 };
 
-// Tokens t to t + 3 of a row; what lies behind `length` is anything. A wide load also takes what lies between the
-// length and the end of the buffer.
+// Whether the tokens t to t + 3 are one load: what lies between a sequence's length and the end of the buffer may be
+// read, and counts for nothing.
+__device__ __forceinline__ bool is_wide(const ImportanceSource& s, int t) { return s.wide && t <= s.max_len - 4; }
+
+// Tokens t to t + 3 of a row; what lies behind `length` is anything.
 __device__ __forceinline__ Four load_four(const ImportanceSource& s, bool wide, const float* row, int t, int length) {
   Four four;
-  if (wide && t <= s.max_len - 4) {
+  if (wide) {
     const float4 all = *reinterpret_cast<const float4*>(row + t);
     four.x[0] = all.x, four.x[1] = all.y, four.x[2] = all.z, four.x[3] = all.w;
   } else {
@@ -61,7 +64,7 @@ __device__ __forceinline__ Four reduce_rows(const ImportanceSource& s, const flo
   Four total{{identity, identity, identity, identity}};
   constexpr int kRowsAtOnce = kWide ? kWideRowsAtOnce : kNarrowRowsAtOnce;
   for (int n = 0; n < rows; n += kRowsAtOnce) {
-    Four row[kRowsAtOnce];
+    Four row[kRowsAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       if (n + i < rows) row[i] = load_four(s, kWide, state + (n + i) * s.stride_row, t, length);
@@ -90,7 +93,7 @@ __device__ __forceinline__ Four reduce_pooled_rows(const ImportanceSource& s, co
 #pragma unroll
       for (int i = 0; i < kPooledRowsAtOnce; ++i) {
         if (n + i < rows) {
-          row[i] = load_four(s, s.wide, state + (n + i) * s.stride_row, at, length);
+          row[i] = load_four(s, is_wide(s, at), state + (n + i) * s.stride_row, at, length);
         }
       }
 #pragma unroll
@@ -132,7 +135,8 @@ __device__ __forceinline__ Four importance_of_four(const ImportanceSource& s, un
   if (s.pooled) {
     total = reduce_pooled_rows(s, state, rows, t, length);
   } else {
-    total = s.wide ? reduce_rows<true>(s, state, rows, t, length) : reduce_rows<false>(s, state, rows, t, length);
+    total =
+        is_wide(s, t) ? reduce_rows<true>(s, state, rows, t, length) : reduce_rows<false>(s, state, rows, t, length);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

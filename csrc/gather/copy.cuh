@@ -9,7 +9,7 @@ namespace specprefill {
 // A row that is not there: as a source it is zeros, as a target nothing is written.
 constexpr int64_t kNoRow = INT64_MIN;
 
-struct Row {
+struct alignas(16) Row {
   int64_t source, target;  // in words from the base of each
 };
 
@@ -40,6 +40,7 @@ __device__ __forceinline__ uint64_t divide(uint64_t a, uint64_t b) {
 
 // Adds where word `w` of a row lies to both.
 __device__ __forceinline__ void add_word(const RowShape& shape, int64_t w, int64_t& source, int64_t& target) {
+#pragma unroll 1  // few rows have more than one dimension: code that is not there is fetched faster
   for (int dim = shape.num - 1; dim > 0; --dim) {
     const auto rest = static_cast<int64_t>(divide(static_cast<uint64_t>(w), static_cast<uint64_t>(shape.sizes[dim])));
     const int64_t i = w - rest * shape.sizes[dim];

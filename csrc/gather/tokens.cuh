@@ -73,6 +73,7 @@ __device__ __forceinline__ void copy_tokens(const TokensGather& g, const TokensT
                                             unsigned num_rows) {
   int64_t skip = 0;
   uint64_t rest = at.outer;
+#pragma unroll 1
   for (int dim = g.num_outer - 1; dim >= 0; --dim) {
     const auto size = static_cast<uint64_t>(g.outer_sizes[dim]);
     const uint64_t above = divide(rest, size);

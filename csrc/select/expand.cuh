@@ -8,6 +8,7 @@ namespace specprefill {
 
 // offsets[b]: kept tokens of the sequences before b. By one block, once all are ranked.
 __device__ __forceinline__ void write_offsets(const SelectParams& p, BlockScratch& scratch) {
+  __syncthreads();  // one thread wrote the last count
   unsigned before = 0;
   for (unsigned first = 0; first < p.batch; first += kSelectThreads) {
     const unsigned b = first + threadIdx.x;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const __grid_
     make_keys(p, sequence_of(p, b), first, min(p.num_chunks - first, p.chunks_per_job) + first, shared);
     if (!finished_last(&p.finished[b], p.jobs_per_sequence, &shared.slot)) continue;
     rank_sequence(p, b, shared);
-    if (!finished_last(p.ranked, p.batch, &shared.slot)) continue;
+    if (p.batch > 1 && !finished_last(p.ranked, p.batch, &shared.slot)) continue;
     if (p.gathers) write_offsets(p, shared.block);
     raise_flag(p.ready);
   }
