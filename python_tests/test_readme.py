@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_nothing_escapes_these_tests() -> None:
     assert set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE)) == {"sh", "python", "bibtex"}
-    assert [len(blocks(language)) for language in ("sh", "python", "bibtex")] == [2, 2, 1]
+    assert [len(blocks(language)) for language in ("sh", "python", "bibtex")] == [4, 2, 1]
 
 
 def test_the_ops_block(capsys: pytest.CaptureFixture) -> None:
@@ -82,11 +82,34 @@ def test_commands_have_the_options_shown(line: str) -> None:
         assert option in text, f"{command} has no {option}"
 
 
+def test_the_example_in_c_is_built_as_its_own_readme_says() -> None:
+    """.ci/c_engine runs that."""
+    example = ROOT / "examples/c_engine"
+    assert f"```sh\n{blocks('sh')[2]}```" in (example / "README.md").read_text(encoding="utf-8")
+    source, build = shlex.split(blocks("sh")[2].splitlines()[0])[2:5:2]
+    assert ROOT / source == example
+    assert blocks("sh")[2].splitlines()[2] == f"{build}/c_engine"
+    check = (ROOT / ".ci/c_engine").read_text(encoding="utf-8")
+    assert f"cmake --fresh -S {source} -B" in check
+
+
+def test_the_emulation_is_built_and_chosen_as_it_is_shown() -> None:
+    (line,) = blocks("sh")[3].strip().splitlines()
+    variable, rest = line.split("=$(", 1)
+    builder, tests = rest.split(") ", 1)
+    launcher = (ROOT / "specprefill_kernels/_cuda.py").read_text(encoding="utf-8")
+    assert f'os.environ.get("{variable}"' in launcher
+    assert builder in launcher
+    assert (ROOT / builder.split()[1]).is_file()
+    assert shlex.split(tests) == ["python", "-m", "pytest", "python_tests", "-k", "cuda"]
+
+
 def test_files_that_it_names_are_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if "://" not in target:
-            assert (ROOT / target).is_file(), target
-            assert os.path.getsize(ROOT / target) < 300_000
+    for readme in (ROOT / "README.md", ROOT / "examples/c_engine/README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (readme.parent / target).is_file(), target
+                assert os.path.getsize(readme.parent / target) < 300_000
 
 
 def test_the_table_of_backends_is_true() -> None:
