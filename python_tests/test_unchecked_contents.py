@@ -1,36 +1,46 @@
 """Contents that CPU tensors are refused for and CUDA tensors are not read for: what lies beyond a buffer is absent.
 
-Triton's interpreter stands in for a GPU here, with its checks of contents off; test_gpu_bad_values.py asks a real one.
+Triton's interpreter and the emulation of CUDA stand in for a GPU here, with their checks of contents off;
+test_gpu_bad_values.py asks a real one.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from grid import EMULATED, INTERPRETED
 
 import specprefill_kernels as spk
 
-_triton = pytest.importorskip("specprefill_kernels._triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not (INTERPRETED or EMULATED), reason="needs TRITON_INTERPRET=1 or SPECPREFILL_EMULATION"
+)
 
 ROWS, HEADS, DIM = 4, 2, 16
 
 
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch):
-    monkeypatch.setattr(_triton, "checks_values", lambda: False)
+@pytest.fixture(
+    params=[name for name, there in (("triton", INTERPRETED), ("cuda", EMULATED)) if there] or ["no backend"]
+)
+def backend(request, monkeypatch) -> str:
+    """A backend that takes CPU tensors here as it takes a GPU's."""
+    launcher = importlib.import_module(f"specprefill_kernels._{request.param}")
+    monkeypatch.setattr(launcher, "checks_values", lambda: False)
+    return request.param
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_no_key_is_read_behind_an_empty_slot_on_triton():
+def test_no_key_is_read_behind_an_empty_slot(backend):
     """The padding of a packed batch: no prompt, so no look-ahead keys behind it either."""
     buffer = torch.full((40, 1, DIM), float("nan"))
     buffer[:20] = random(20, 1, DIM)
-    workspace = torch.zeros(1 << 16, dtype=torch.uint8)
-    spk.score_layer_(
+    workspace = torch.zeros(1 << 20, dtype=torch.uint8)
+    state = spk.score_layer_(
         spk.new_state(2, ROWS, 20),
         random(2, ROWS, HEADS, DIM),
         buffer[:20],
@@ -39,13 +49,14 @@ def test_no_key_is_read_behind_an_empty_slot_on_triton():
         seq_lens=torch.tensor([20 - ROWS, 5], dtype=torch.int32),
         normalize_over="visible",
         workspace=workspace,
-        backend="triton",
+        backend=backend,
     )
     assert not workspace.view(torch.float32).isnan().any()
+    assert bool(state.isfinite().all())
 
 
 @pytest.mark.parametrize("block", [-1, 5, 2**31 - 1])
-def test_keys_of_a_block_that_is_not_there_have_no_weight_on_triton(block):
+def test_keys_of_a_block_that_is_not_there_have_no_weight(backend, block):
     key = random(5, 8, 1, DIM)
     query = random(1, ROWS, HEADS, DIM)
     table = torch.tensor([[0, block, 2]], dtype=torch.int32)
@@ -58,7 +69,7 @@ def test_keys_of_a_block_that_is_not_there_have_no_weight_on_triton(block):
         block_table=table,
         seq_lens=torch.tensor([24]),
         pool_kernel_size=1,
-        backend="triton",
+        backend=backend,
     )
     there = torch.cat([key[0], key[2]]).movedim(0, 1)[None]
     expected = spk.score_layer_(spk.new_state(1, ROWS, 16), query, there, pool_kernel_size=1, backend="reference")
@@ -67,20 +78,20 @@ def test_keys_of_a_block_that_is_not_there_have_no_weight_on_triton(block):
 
 
 @pytest.mark.parametrize("chunk_size", [40, 64, 5000])
-def test_a_chunk_larger_than_the_prompt_holds_all_of_it_on_triton(chunk_size):
-    selection = spk.select_chunks(random(2, 37).abs(), keep_ratio=0.1, chunk_size=chunk_size, backend="triton")
+def test_a_chunk_larger_than_the_prompt_holds_all_of_it(backend, chunk_size):
+    selection = spk.select_chunks(random(2, 37).abs(), keep_ratio=0.1, chunk_size=chunk_size, backend=backend)
     assert selection.num_kept.tolist() == [37, 37]
     assert selection.indices.tolist() == [list(range(37))] * 2
 
 
 @pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"keep_tokens": 8}, {"keep_mass": 0.5}], ids=str)
 @pytest.mark.parametrize("guarded", [{}, {"sink": 3, "tail": 2}], ids=str)
-def test_nothing_of_an_empty_slot_is_kept_on_triton(budget, guarded):
+def test_nothing_of_an_empty_slot_is_kept(backend, budget, guarded):
     """A batch padded for a CUDA graph: its slots without a request have the length 0."""
     state = random(4, ROWS, 64).abs()
     lengths = torch.tensor([64, 0, 40, -3], dtype=torch.int32)
     ids = torch.arange(256).view(4, 64)
-    kept = spk.select_tokens(state, ids, lengths, chunk_size=8, backend="triton", **budget, **guarded)
+    kept = spk.select_tokens(state, ids, lengths, chunk_size=8, backend=backend, **budget, **guarded)
     for b in (0, 2):
         alone = slice(b, b + 1), slice(0, int(lengths[b]))
         expected = spk.select_chunks(kept.importance[alone], chunk_size=8, backend="reference", **budget, **guarded)
