@@ -120,9 +120,11 @@ void wait(State state);
 // The running thread could not go on and lets others work. `waiting`: it has come no further itself.
 void give_way(bool waiting);
 
-// Whom the block's barrier waits for has just become fewer, or one has come.
+// One more has come to the block's barrier, or there is one fewer to wait for.
 void finish_barrier_if_all_here(Block& block);
-void finish_meetings_without(Warp& warp, unsigned lane);
+// The thread has exited: others need not wait for it.
+void leave_meetings(const Thread& thread);
+// What an mma does, with all lanes in it.
 void multiply(Warp& warp, Purpose type);
 
 // "block (0, 0, 0), thread (5, 0, 0)"

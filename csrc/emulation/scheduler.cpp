@@ -135,7 +135,7 @@ void Scheduler::resume(Grid& grid, Thread& thread) {
   --block.live;
   warp.exited |= 1u << thread.lane();
   // Others may have been waiting for this thread to come or to exit.
-  finish_meetings_without(warp, thread.lane());
+  leave_meetings(thread);
   finish_barrier_if_all_here(block);
 }
 

@@ -24,7 +24,7 @@ int64_t folded(Fold kind, int64_t a, int64_t b) {
 }
 
 // All who come are here: results for each of them.
-void finish(Warp& warp, Purpose purpose, Fold fold_kind, uint32_t mask, uint32_t here) {
+void finish(Warp& warp, Purpose purpose, Fold fold_kind, uint32_t here) {
   uint32_t votes = 0;
   int64_t sum = 0;
   bool first = true;
@@ -50,7 +50,6 @@ void finish(Warp& warp, Purpose purpose, Fold fold_kind, uint32_t mask, uint32_t
     case Purpose::mma_bf16:
     case Purpose::mma_f16: multiply(warp, purpose); break;
   }
-  (void)mask;
   for (uint32_t rest = here; rest; rest &= rest - 1) {
     Thread& thread = *warp.lanes[__builtin_ctz(rest)];
     Call& call = thread.call;
@@ -101,20 +100,27 @@ void meet(Thread& thread, Purpose purpose, uint32_t mask) {
     return;
   }
   if (i < warp.meetings.size()) warp.meetings.erase(warp.meetings.begin() + static_cast<ptrdiff_t>(i));
-  finish(warp, purpose, call.fold_kind, mask, here);
+  finish(warp, purpose, call.fold_kind, here);
 }
 
 }  // namespace
 
-void finish_meetings_without(Warp& warp, unsigned lane) {
+void leave_meetings(const Thread& thread) {
+  Block& block = *thread.block;
+  Warp& warp = block.warps[thread.rank / 32];
   for (size_t i = 0; i < warp.meetings.size();) {
     const Meeting meeting = warp.meetings[i];
-    if (!(meeting.mask >> lane & 1) || (meeting.mask & ~meeting.here & ~warp.exited)) {
+    if (!(meeting.mask >> thread.lane() & 1) || (meeting.mask & ~meeting.here & ~warp.exited)) {
       ++i;
       continue;
     }
+    if (meeting.purpose == Purpose::mma_bf16 || meeting.purpose == Purpose::mma_f16) {
+      block.grid->error =
+          text(thread) + " exits while its warp calls " + name_of(meeting.purpose) + ", which needs all 32 lanes";
+      return;
+    }
     warp.meetings.erase(warp.meetings.begin() + static_cast<ptrdiff_t>(i));
-    finish(warp, meeting.purpose, meeting.fold_kind, meeting.mask, meeting.here);
+    finish(warp, meeting.purpose, meeting.fold_kind, meeting.here);
   }
 }
 
