@@ -139,6 +139,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x, relative error 2^-23; 0 for Inf.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#if defined(SPECPREFILL_EMULATED)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // The larger one; NaN if either is.
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if defined(SPECPREFILL_EMULATED)

@@ -56,11 +56,18 @@ bool is_aligned(const specprefill_score& args, const specprefill_layer& layer) {
          !odd(layer.key_stride_token, layer.key_tokens);
 }
 
+// Whether four elements of a query's row can be read as 8 bytes.
+bool is_query_aligned(const specprefill_layer& layer) {
+  const auto odd = [](int64_t stride) { return stride % 4 != 0; };
+  return reinterpret_cast<uintptr_t>(layer.query) % 8 == 0 && layer.query_stride_dim == 1 && layer.head_dim % 4 == 0 &&
+         !odd(layer.query_stride_batch) && !odd(layer.query_stride_row) && !odd(layer.query_stride_head);
+}
+
 // Whether two layers differ in their addresses, scale and window only.
 bool alike(const specprefill_score& args, const specprefill_layer& a, const specprefill_layer& b) {
   const bool query = a.query_dtype == b.query_dtype && a.query_stride_batch == b.query_stride_batch &&
                      a.query_stride_row == b.query_stride_row && a.query_stride_head == b.query_stride_head &&
-                     a.query_stride_dim == b.query_stride_dim;
+                     a.query_stride_dim == b.query_stride_dim && is_query_aligned(a) == is_query_aligned(b);
   const bool key = a.key_dtype == b.key_dtype && a.key_rows == b.key_rows && a.key_tokens == b.key_tokens &&
                    a.key_stride_row == b.key_stride_row && a.key_stride_head == b.key_stride_head &&
                    a.key_stride_token == b.key_stride_token && a.key_stride_dim == b.key_stride_dim &&
@@ -162,6 +169,7 @@ int choose_kernel(const specprefill_layer& layer, Launch& launch) {
     launch.kernel = kernel_for(layer, row_tiles, &p.query_parts, p.chunks);
     if (launch.kernel.shared_bytes <= static_cast<size_t>(limit)) break;
   }
+  p.query_is_ready = layer.query_dtype != SPECPREFILL_F32 && p.query_parts == 1 && is_query_aligned(layer);
   p.query_fragments = p.chunks * static_cast<int32_t>(4 / item_bytes(layer.key_dtype));
   p.rows.blocks = static_cast<int32_t>(ceil_div(p.rows.octets, 2 * launch.kernel.row_tiles));
   return resident_blocks(launch.kernel.run, kScoreThreads, launch.kernel.shared_bytes, &launch.blocks);
@@ -192,7 +200,7 @@ void set_layers(Launch& launch) {
   }
   p.items = p.num_layers * p.batch * p.kv_heads * p.rows.blocks;
   const int64_t sums = int64_t{p.items} * p.sum_jobs;
-  p.lead = static_cast<uint32_t>(std::min<int64_t>(sums, p.sum_jobs ? p.sum_jobs + launch.blocks : 0));
+  p.lead = static_cast<uint32_t>(std::min<int64_t>(sums, p.sum_jobs ? p.sum_jobs + launch.blocks / 2 : 0));
   p.tickets = static_cast<uint32_t>(p.lead + int64_t{p.items} * (p.sum_jobs + p.pool_jobs));
   launch.blocks = static_cast<int>(std::min<int64_t>(launch.blocks, p.tickets));
   Arena count;

@@ -27,21 +27,34 @@ enum class ScorePass { kSum, kPool, kPoolWide };
 template <class Keys>
 constexpr int kScoreStages = Keys::kParts == 1 ? 4 : 2;
 
+// What a block does next. It lies in shared memory: values that all threads use now and then, in nobody's registers.
+struct ScoreWork {
+  ScoreItem item;
+  ScoreJob job;
+  bool any;       // else all is done
+  uint32_t slot;  // see jobs.cuh
+};
+
 // A block's shared memory.
 template <class Keys, int MT>
 struct ScoreShared {
-  uint32_t slot;
-  float2* sums;    // [warps][rows]
-  uint4* queries;  // see load_queries
+  ScoreWork* work;
+  uint32_t* present;  // [warps][stages], see KeyStages
+  uint4* bands;       // [2][lanes] of keys before a step's, and of its own
+  float2* sums;       // [warps][rows]
+  uint4* queries;     // see load_queries
   KeyStages stages;
 
   static size_t bytes(int query_parts, int query_fragments) {
     return kHeader + static_cast<size_t>(query_parts) * MT * query_fragments * kWarp * sizeof(uint4) +
            static_cast<size_t>(kScoreWarps) * kScoreStages<Keys> * kStageBytes;
   }
-  static constexpr size_t kSums = 16 + kScoreWarps * kScoreStages<Keys> * sizeof(uint32_t);  // where they begin
+  // Where they begin.
+  static constexpr size_t kPresent = (sizeof(ScoreWork) + 15) / 16 * 16;
+  static constexpr size_t kBands = kPresent + kScoreWarps * kScoreStages<Keys> * sizeof(uint32_t);
+  static constexpr size_t kSums = kBands + 2 * kWarp * sizeof(uint4);
   static constexpr size_t kHeader = kSums + kScoreWarps * 16 * MT * sizeof(float2);
-  static_assert(kSums % 16 == 0 && kHeader % 16 == 0, "queries are read 16 bytes at a time");
+  static_assert(kBands % 16 == 0 && kHeader % 16 == 0, "bands and queries are read 16 bytes at a time");
 };
 
 // What a pass keeps from step to step, in the same registers for all three: a lane's sums of rows, the last 16 keys'
@@ -115,29 +128,32 @@ struct ScoreWalk {
   int from, to;             // positions that the warp owns (pool passes); a wide pool has 16 from `from` on
   float factor;
   float norms[MT][2];
-  uint32_t band[2][2][2];  // [keys before, these][block of 8 positions]
 };
 
 // What a step's weights add to 16 positions that lie between it and the one before.
 template <int MT>
 __device__ __forceinline__ void pool_step(const ScoreParams& p, const ScoreItem& item, const ScoreWalk<MT>& walk,
-                                          int first_key, const Tile<MT>& c, ScoreCarry<MT>& carry, int lane) {
+                                          const uint4* bands, int first_key, const Tile<MT>& c, ScoreCarry<MT>& carry,
+                                          int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int key = first_key + 16 * half, first = key - kHalo;
     Weights now[MT];
 #pragma unroll
     for (int m = 0; m < MT; ++m) now[m].take(c, 2 * half, m);
+    if (first + 16 > walk.from && first < walk.to) {
+      float sums[2][MT][4] = {};
+      const uint4 before = bands[lane], own = bands[kWarp + lane];
+      const uint32_t band[2][2][2] = {{{before.x, before.y}, {before.z, before.w}}, {{own.x, own.y}, {own.z, own.w}}};
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      if (first + 8 * block + 8 <= walk.from || first + 8 * block >= walk.to) continue;
-      float sums[MT][4] = {};
+      for (int block = 0; block < 2; ++block) {
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        carry.weights(m).add_to(sums[m], walk.band[0][block]);
-        now[m].add_to(sums[m], walk.band[1][block]);
+        for (int m = 0; m < MT; ++m) {
+          carry.weights(m).add_to(sums[block][m], band[0][block]);
+          now[m].add_to(sums[block][m], band[1][block]);
+        }
       }
-      fold<MT>(p, item, sums, first + 8 * block, walk.from, walk.to, lane);
+      fold<MT>(p, item, sums, first, walk.from, walk.to, lane);
     }
 #pragma unroll
     for (int m = 0; m < MT; ++m) carry.keep(m, now[m]);
@@ -169,8 +185,8 @@ __device__ __forceinline__ void pool_step_wide(const ScoreParams& p, const Score
 
 template <class Keys, int MT>
 __device__ __forceinline__ void walk_keys(const ScoreParams& p, const ScoreItem& item, const uint4* queries,
-                                          const KeyStages& stages, const ScoreWalk<MT>& walk, ScoreCarry<MT>& carry,
-                                          int lane) {
+                                          const KeyStages& stages, const uint4* bands, const ScoreWalk<MT>& walk,
+                                          ScoreCarry<MT>& carry, int lane) {
   constexpr int kStages = kScoreStages<Keys>;
   __syncwarp();  // the stages may still be read, from the walk before
   KeyWalk keys = key_walk(p, item, walk.first, walk.steps, walk.limit);
@@ -202,7 +218,7 @@ __device__ __forceinline__ void walk_keys(const ScoreParams& p, const ScoreItem&
       take_weights(walk.norms, c);
       if (!whole) hide_unseen<MT>(p, item, first_key, present, 0.0f, lane, c);
       if (walk.pass == ScorePass::kPool) {
-        pool_step(p, item, walk, first_key, c, carry, lane);
+        pool_step(p, item, walk, bands, first_key, c, carry, lane);
       } else {
         pool_step_wide(p, walk, first_key, c, carry, lane);
       }
@@ -217,11 +233,13 @@ template <int MT>
 __device__ __forceinline__ void load_norms(const ScoreParams& p, const ScoreItem& item, int32_t index, int lane,
                                            float (&norms)[MT][2]) {
   const ScoreLayer& layer = p.layers[item.layer];
+  OctetCursor octet = item.first;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const ScoreRow row = row_of(p, item, item.first_octet + 2 * m + h, lane / 4);
+      const ScoreRow row = row_of(p, item, octet, lane / 4);
+      octet.advance(p);
       float norm = 0.0f;
       if (row.valid && layer.lse) {
         norm = kLog2E * layer.lse[item.b * p.lse_stride_batch + row.n * p.lse_stride_row +
@@ -254,93 +272,115 @@ __device__ __forceinline__ void finish_sums(const ScoreParams& p, const ScoreIte
   }
 }
 
-template <class Keys, int MT>
-__global__ void __launch_bounds__(kScoreThreads, MT == 4 ? 2 : 3) score_kernel(const __grid_constant__ ScoreParams p) {
-  using Shared = ScoreShared<Keys, MT>;
-  constexpr int kStages = kScoreStages<Keys>;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  unsigned char* memory = shared_memory();
-  auto* slot = reinterpret_cast<uint32_t*>(memory);
-  auto* sums = reinterpret_cast<float2*>(memory + Shared::kSums);
-  auto* queries = reinterpret_cast<uint4*>(memory + Shared::kHeader);
-  KeyStages stages;
-  stages.present = slot + 4 + warp * kStages;
-  stages.lines = memory + Shared::kHeader +
-                 static_cast<size_t>(p.query_parts) * MT * p.query_fragments * kWarp * sizeof(uint4) +
-                 warp * kStages * kStageBytes;
-
+// Draws tickets until there is work. One thread does it.
+template <int MT>
+__device__ __forceinline__ void draw_work(const ScoreParams& p, ScoreWork* work) {
   for (;;) {
-    const uint32_t ticket = next_ticket(p.next_ticket, slot);
-    if (ticket >= p.tickets) return;
+    const uint32_t ticket = atomicAdd(p.next_ticket, 1u);
+    work->any = ticket < p.tickets;
+    if (!work->any) return;
     const ScoreJob job = score_job(p, ticket);
     if (job.item < 0) continue;
     const ScoreItem item = item_of<MT>(p, job.item);
-    if (item.rows == 0 ||
-        job.index * (job.pool ? kPoolPositions : kSumKeys) >= (job.pool ? item.length : item.readable))
-      continue;
+    const int first = job.index * (job.pool ? kPoolPositions : kSumKeys);
+    if (item.rows == 0 || first >= (job.pool ? item.length : item.readable)) continue;
+    work->job = job;
+    work->item = item;
+    return;
+  }
+}
 
-    load_queries<Keys, MT>(p, item, queries);
-    if (job.pool && p.sum_jobs) wait_for_flag(p.norm_ready + job.item);
+// The warp's part of a job: positions (pool) or keys (sum) that are its own.
+template <int MT>
+__device__ __forceinline__ ScoreWalk<MT> walk_of(const ScoreParams& p, const ScoreWork& work, int warp, int lane) {
+  ScoreWalk<MT> walk;
+  walk.factor = logit_factor(p, work.item);
+  if (work.job.pool) {
+    walk.pass = p.half <= kHalo ? ScorePass::kPool : ScorePass::kPoolWide;
+    walk.limit = work.item.length;
+    walk.from = work.job.index * kPoolPositions + warp * kWarpPositions;
+    walk.to = min(walk.from + kWarpPositions, work.item.length);
+    load_norms<MT>(p, work.item, work.job.item, lane, walk.norms);
+  } else {
+    walk.pass = ScorePass::kSum;
+    walk.limit = work.item.readable;
+    walk.from = work.job.index * kSumKeys + warp * kSumSteps * kStepKeys;
+    walk.to = min(walk.from + kSumSteps * kStepKeys, work.item.readable);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) walk.norms[m][0] = walk.norms[m][1] = 0.0f;
+  }
+  return walk;
+}
+
+// The steps that give positions [from, to). They begin where the work was cut, whatever the length and the window: only
+// whole steps are left out.
+template <int MT>
+__device__ __forceinline__ void set_steps(const ScoreParams& p, const ScoreItem& item, ScoreWalk<MT>& walk) {
+  int last = walk.to;
+  walk.first = walk.from;
+  if (walk.pass == ScorePass::kPool) {
+    walk.first -= kHalo;
+    last += kHalo;
+  } else if (walk.pass == ScorePass::kPoolWide) {
+    walk.first = max(walk.from - p.half, 0);
+    last = min(walk.from + 16 + p.half, item.length);
+  }
+  const int skipped = max(first_seen(item) - walk.first, 0) / kStepKeys;
+  walk.steps = max(ceil_div(last - walk.first, kStepKeys) - skipped, 0);
+  walk.first += skipped * kStepKeys;
+}
+
+template <class Keys, int MT>
+__global__ void __launch_bounds__(kScoreThreads, MT == 4 ? 2 : 3) score_kernel(const __grid_constant__ ScoreParams p) {
+  using Shared = ScoreShared<Keys, MT>;
+  constexpr int kStages = kScoreStages<Keys>, kRows = 16 * MT;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  unsigned char* memory = shared_memory();
+  auto* work = reinterpret_cast<ScoreWork*>(memory);
+  auto* bands = reinterpret_cast<uint4*>(memory + Shared::kBands);
+  auto* sums = reinterpret_cast<float2*>(memory + Shared::kSums);
+  auto* queries = reinterpret_cast<uint4*>(memory + Shared::kHeader);
+  KeyStages stages;
+  stages.present = reinterpret_cast<uint32_t*>(memory + Shared::kPresent) + warp * kStages;
+  stages.lines = reinterpret_cast<unsigned char*>(queries + p.query_parts * MT * p.query_fragments * kWarp) +
+                 warp * kStages * kStageBytes;
+
+  if (warp < 2) {
+    uint32_t band[2][2];
+    for (int block = 0; block < 2; ++block) make_band(16 * (warp - 1), 8 * block - kHalo, p.half, lane, band[block]);
+    bands[warp * kWarp + lane] = make_uint4(band[0][0], band[0][1], band[1][0], band[1][1]);
+  }
+
+  for (;;) {
+    __syncthreads();  // nobody needs the last job's shared memory any more
+    if (threadIdx.x == 0) draw_work<MT>(p, work);
+    __syncthreads();
+    if (!work->any) return;
+    const ScoreItem& item = work->item;
+    load_queries<Keys, MT>(p, item, queries, warp, lane);
+    if (work->job.pool && p.sum_jobs) wait_for_flag(p.norm_ready + work->job.item);
     __syncthreads();
 
-    ScoreWalk<MT> walk;
-    walk.factor = logit_factor(p, item);
+    ScoreWalk<MT> walk = walk_of<MT>(p, *work, warp, lane);
     ScoreCarry<MT> carry;
-    if (job.pool) {
-      walk.pass = p.half <= kHalo ? ScorePass::kPool : ScorePass::kPoolWide;
-      walk.limit = item.length;
-      walk.from = job.index * kPoolPositions + warp * kWarpPositions;
-      walk.to = min(walk.from + kWarpPositions, item.length);
-      load_norms<MT>(p, item, job.item, lane, walk.norms);
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        make_band(-16, 8 * block - kHalo, p.half, lane, walk.band[0][block]);
-        make_band(0, 8 * block - kHalo, p.half, lane, walk.band[1][block]);
-      }
-    } else {
-      walk.pass = ScorePass::kSum;
-      walk.limit = item.readable;
-      walk.from = job.index * kSumKeys + warp * kSumSteps * kStepKeys;
-      walk.to = min(walk.from + kSumSteps * kStepKeys, item.readable);
-    }
+    carry.clear();
     const int end = walk.to;
+    if (walk.pass == ScorePass::kSum) carry.keep(LaneSums<MT>::none());
     while (walk.from < end) {
-      // Steps begin where the work was cut, whatever the length and the window: only whole steps are left out.
-      int last = end;
-      walk.first = walk.from;
-      if (walk.pass == ScorePass::kPool) {
-        walk.first -= kHalo;
-        last += kHalo;
-      } else if (walk.pass == ScorePass::kPoolWide) {
-        walk.to = min(walk.from + 16, end);
-        walk.first = max(walk.from - p.half, 0);
-        last = min(walk.from + 16 + p.half, item.length);
-      }
-      const int skipped = max(first_seen(item) - walk.first, 0) / kStepKeys;
-      walk.steps = max(ceil_div(last - walk.first, kStepKeys) - skipped, 0);
-      walk.first += skipped * kStepKeys;
-      carry.clear();
-      if (walk.pass == ScorePass::kSum) {
-        LaneSums<MT> none;
-        none.clear();
-        carry.keep(none);
-      }
-      walk_keys<Keys, MT>(p, item, queries, stages, walk, carry, lane);
+      if (walk.pass == ScorePass::kPoolWide) walk.to = min(walk.from + 16, end);
+      set_steps(p, item, walk);
+      walk_keys<Keys, MT>(p, item, queries, stages, bands, walk, carry, lane);
       if (walk.pass != ScorePass::kPoolWide) break;
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        float positions[MT][4];
-        carry.positions(block, positions);
-        fold<MT>(p, item, positions, walk.from + 8 * block, walk.from, walk.to, lane);
-      }
+      float positions[2][MT][4];
+      carry.positions(0, positions[0]);
+      carry.positions(1, positions[1]);
+      fold<MT>(p, item, positions, walk.from, walk.from, walk.to, lane);
+      carry.clear();
       walk.from += 16;
     }
-    if (!job.pool) {
-      // A warp without keys has nothing to add.
-      LaneSums<MT> mine = carry.sums();
-      if (walk.from >= end) mine.clear();
-      mine.write(sums + warp * 16 * MT, lane);
-      finish_sums<MT>(p, item, job, sums, slot, warp, lane);
+    if (walk.pass == ScorePass::kSum) {
+      carry.sums().write(sums + warp * kRows, lane);
+      finish_sums<MT>(p, item, work->job, sums, &work->slot, warp, lane);
     }
   }
 }

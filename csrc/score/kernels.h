@@ -17,7 +17,6 @@ struct ScoreKernel {
   void (*run)(ScoreParams);
   int row_tiles;  // 16 rows each, that a job has
   size_t shared_bytes;
-  bool splits;  // queries into bf16; else they are fp16 as they are
 };
 
 // The kernel for these keys and at most `row_tiles` (at least 1) 16 rows a job, whose queries have `parts` parts of

@@ -159,18 +159,28 @@ __device__ __forceinline__ void queue_stage(const ScoreParams& p, const ScoreIte
     if (walk.line == 0) walk.there = find_key(p, item, walk.next + lane, walk.limit, walk.offset);
     const uint32_t present = __ballot_sync(kAllLanes, walk.there);
     if (lane == 0) stages.present[slot] = present;
-    unsigned char* to = stages.lines + slot * kStageBytes;
-    const int unit = lane & 7, first_byte = walk.line * kLineBytes + unit * 16;
-#pragma unroll 2
-    for (int i = 0; i < kStepKeys / 4; ++i) {
-      const int key = i * 4 + (lane >> 3);
-      const int64_t offset = __shfl_sync(kAllLanes, walk.offset, key);
-      const bool there = present >> key & 1;
-      if (p.key_is_aligned) {
-        const int left = there ? p.key_row_bytes - first_byte : 0, bytes = left < 0 ? 0 : left > 16 ? 16 : left;
-        copy_async_16(to + staged_at(key, unit), walk.base + (bytes ? offset + first_byte : 0), bytes);
-      } else {
-        copy_elements<Keys::kBytes>(p, to + staged_at(key, unit), walk.base + offset, first_byte, there);
+    const int first = lane >> 3, unit = lane & 7;  // this lane has every fourth key
+    const int first_byte = walk.line * kLineBytes + unit * 16;
+    const int bytes = max(min(p.key_row_bytes - first_byte, 16), 0);
+    unsigned char* to = stages.lines + slot * kStageBytes + staged_at(first, unit);
+    if (p.key_is_aligned && present == kAllLanes && !p.block_size) {
+      // One after the other: the first one's address is enough.
+      const unsigned char* from = walk.base;
+      if (bytes) from += walk.offset + (first - lane) * p.key_stride_token + first_byte;
+      const int64_t step = bytes ? 4 * p.key_stride_token : 0;
+#pragma unroll 4
+      for (int i = 0; i < kStepKeys / 4; ++i, from += step) copy_async_16(to + i * 4 * kLineBytes, from, bytes);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kStepKeys / 4; ++i) {
+        const int key = i * 4 + first;
+        const unsigned char* from = walk.base + __shfl_sync(kAllLanes, walk.offset, key);
+        const bool there = present >> key & 1;
+        if (p.key_is_aligned) {
+          copy_async_16(to + i * 4 * kLineBytes, there && bytes ? from + first_byte : walk.base, there ? bytes : 0);
+        } else {
+          copy_elements<Keys::kBytes>(p, to + i * 4 * kLineBytes, from, first_byte, there);
+        }
       }
     }
     if (++walk.line == p.lines) {

@@ -70,6 +70,7 @@ struct ScoreParams {
   int32_t half;             // of the pooling window
   float pool_part;          // 1 / pool_kernel_size; 0: 1 / the positions inside the prompt
   float softcap;            // 0: none
+  bool query_is_ready;      // 8-byte reads get four numbers of the type that is multiplied
   bool key_e5m2;            // of fp8 keys: else e4m3
   bool key_is_aligned;      // 16-byte copies may read it
   bool observation;         // rows are the prompt's last ones; else they follow it

@@ -63,60 +63,69 @@ __device__ __forceinline__ void take_weights(const float (&norms)[MT][2], Tile<M
 
 // ---- the state ----
 
-// The larger of what is there and `value`, by their bits, whose order is that of numbers that are not negative. NaN
-// stays. Few values of many layers and heads are the largest so far, so most end with a read.
-__device__ __forceinline__ void raise_to(float* state, float value) {
-  const float before = __ldcg(state);
-  if (value <= before || before != before) return;
+// Where `value` is not below what was there: the larger of both, by their bits, whose order is that of numbers that are
+// not negative. NaN stays.
+__device__ __forceinline__ void raise_to(float* state, float before, float value) {
+  if (before != before) return;
   atomicMax(reinterpret_cast<int*>(state), value != value ? 0x7fffffff : __float_as_int(value));
 }
 
-// Two positions t and t + 1 of one look-ahead row; both lie in the prompt where `here` says so.
-__device__ __forceinline__ void fold_row(const ScoreParams& p, const ScoreItem& item, int n, int t, float2 best,
-                                         const bool (&here)[2], int lane) {
+// One look-ahead row's sums of 16 positions: this lane's are t, t + 1, t + 8 and t + 9, in the prompt where `here` says
+// so.
+__device__ __forceinline__ void fold_row(const ScoreParams& p, const ScoreItem& item, int n, int t, float (&best)[4],
+                                         const bool (&here)[4], int lane) {
   // The maximum over the heads that lie in other lanes, and over the rows too where the state has one for all.
   const int span = p.state_rows == 1 ? 1 : 1 << p.rows.span_bits;
+#pragma unroll 1
   for (int step = 4 * span; step < kWarp; step *= 2) {
-    best.x = max_nan(best.x, __shfl_xor_sync(kAllLanes, best.x, step));
-    best.y = max_nan(best.y, __shfl_xor_sync(kAllLanes, best.y, step));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) best[i] = max_nan(best[i], __shfl_xor_sync(kAllLanes, best[i], step));
   }
   const int row = p.state_rows == 1 ? 0 : n;
   if (lane / 4 >= span || (p.state_rows != 1 && n >= item.rows)) return;
   float* state = p.state + item.b * p.state_stride_batch + row * p.state_stride_row + t;
-  if (here[0]) raise_to(state, best.x);
-  if (here[1]) raise_to(state + 1, best.y);
+  float before[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) before[i] = here[i] ? __ldcg(state + i / 2 * 8 + i % 2) : INFINITY;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // Few values of many layers and heads are the largest so far, so most end with the read.
+    if (!(best[i] <= before[i])) raise_to(state + i / 2 * 8 + i % 2, before[i], best[i]);
+  }
 }
 
-// Sums of 8 positions from `first` on, all rows of the job, into the state, positions [from, to) of them.
+// Sums of 16 positions from `first` on, all rows of the job, into the state: positions [from, to) of them.
 template <int MT>
-__device__ __forceinline__ void fold(const ScoreParams& p, const ScoreItem& item, const float (&sums)[MT][4], int first,
-                                     int from, int to, int lane) {
+__device__ __forceinline__ void fold(const ScoreParams& p, const ScoreItem& item, const float (&sums)[2][MT][4],
+                                     int first, int from, int to, int lane) {
   const int t = first + lane % 4 * 2;
-  const bool here[2] = {t >= from && t < to, t + 1 >= from && t + 1 < to};
-  float part[2] = {p.pool_part, p.pool_part};
-  if (p.pool_part == 0.0f) {
+  bool here[4];
+  float part[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = max(t + i - p.half, 0), high = min(t + i + p.half, item.length - 1);
-      part[i] = 1.0f / static_cast<float>(max(high - low + 1, 1));
+  for (int i = 0; i < 4; ++i) {
+    const int at = t + i / 2 * 8 + i % 2;
+    here[i] = at >= from && at < to;
+    part[i] = p.pool_part;
+    if (p.pool_part == 0.0f) {
+      const int low = max(at - p.half, 0), high = min(at + p.half, item.length - 1);
+      part[i] = reciprocal_fast(static_cast<float>(max(high - low + 1, 1)));
     }
   }
-  float2 best = make_float2(0.0f, 0.0f);
-  int across = item.first_octet % p.rows.octets_across, span = item.first_octet / p.rows.octets_across;
+  // Octets of the same look-ahead rows go into the state together; mostly these are all.
+  const int octets = min(2 * MT, p.rows.octets - item.first.octet);
+  int begin = 0, end = p.rows.octets_across - item.first.across, span = item.first.span;
+#pragma unroll 1
+  for (; begin < octets; ++span, begin = end, end += p.rows.octets_across) {
+    float best[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) {
-    if (item.first_octet + i < p.rows.octets) {
-      best.x = max_nan(best.x, sums[i / 2][i % 2 * 2]);
-      best.y = max_nan(best.y, sums[i / 2][i % 2 * 2 + 1]);
-      const bool last = item.first_octet + i + 1 == p.rows.octets || i + 1 == 2 * MT;
-      if (++across == p.rows.octets_across || last) {
-        const int n = (span << p.rows.span_bits) + (lane / 4 & ((1 << p.rows.span_bits) - 1));
-        fold_row(p, item, n, t, make_float2(best.x * part[0], best.y * part[1]), here, lane);
-        best = make_float2(0.0f, 0.0f);
-        across = 0;
-        ++span;
-      }
+    for (int o = 0; o < 2 * MT; ++o) {
+      if (o < begin || o >= end || o >= octets) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) best[i] = max_nan(best[i], sums[i / 2][o / 2][o % 2 * 2 + i % 2]);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) best[i] *= part[i];
+    fold_row(p, item, (span << p.rows.span_bits) + (lane / 4 & ((1 << p.rows.span_bits) - 1)), t, best, here, lane);
   }
 }
 

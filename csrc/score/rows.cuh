@@ -7,11 +7,25 @@
 
 namespace specprefill {
 
+// Octets in their order: all heads at the first rows, then at the next. No division on the way.
+struct OctetCursor {
+  int32_t octet;         // of the KV head
+  int32_t span, across;  // which rows, which heads
+
+  __device__ __forceinline__ void advance(const ScoreParams& p) {
+    ++octet;
+    if (++across == p.rows.octets_across) {
+      across = 0;
+      ++span;
+    }
+  }
+};
+
 // One item: a layer, a sequence, a KV head, and a block of its rows. The lengths are clamped to the buffers, whatever
 // the device's tables say.
 struct ScoreItem {
   int32_t layer, b, head;
-  int32_t first_octet;
+  OctetCursor first;
   int32_t length, rows;    // prompt tokens, valid look-ahead rows
   int32_t readable;        // keys that the softmax may count
   int32_t base;            // position of row 0
@@ -27,17 +41,19 @@ struct ScoreRow {
 };
 
 // Row `lane_row` (0 to 7) of an octet.
-__device__ __forceinline__ ScoreRow row_of(const ScoreParams& p, const ScoreItem& item, int octet, int lane_row) {
-  const int span = 1 << p.rows.span_bits;
-  const int n = octet / p.rows.octets_across * span + (lane_row & (span - 1));
-  const int head = octet % p.rows.octets_across * (8 >> p.rows.span_bits) + (lane_row >> p.rows.span_bits);
-  return {n, head, n < item.rows && head < p.group && octet < p.rows.octets};
+__device__ __forceinline__ ScoreRow row_of(const ScoreParams& p, const ScoreItem& item, const OctetCursor& at,
+                                           int lane_row) {
+  const int n = (at.span << p.rows.span_bits) + (lane_row & ((1 << p.rows.span_bits) - 1));
+  const int head = at.across * (8 >> p.rows.span_bits) + (lane_row >> p.rows.span_bits);
+  return {n, head, n < item.rows && head < p.group && at.octet < p.rows.octets};
 }
 
 template <int MT>
 __device__ __forceinline__ ScoreItem item_of(const ScoreParams& p, int32_t index) {
   ScoreItem item;
-  item.first_octet = index % p.rows.blocks * 2 * MT;
+  item.first.octet = index % p.rows.blocks * 2 * MT;
+  item.first.span = item.first.octet / p.rows.octets_across;
+  item.first.across = item.first.octet % p.rows.octets_across;
   index /= p.rows.blocks;
   item.head = index % p.kv_heads;
   index /= p.kv_heads;
@@ -69,7 +85,7 @@ __device__ __forceinline__ ScoreItem item_of(const ScoreParams& p, int32_t index
   item.seen_by_all[1] = item.base + 1;
   const int span = 1 << p.rows.span_bits;
   item.all_rows = item.rows == p.look_ahead && p.look_ahead % span == 0 && p.group % (8 >> p.rows.span_bits) == 0 &&
-                  item.first_octet + 2 * MT <= p.rows.octets;
+                  item.first.octet + 2 * MT <= p.rows.octets;
   return item;
 }
 
@@ -103,36 +119,57 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 // The order of the head dimensions inside a fragment is ours, as long as queries and keys agree: lane thread t holds
 // four that lie side by side, because a lane's 16 bytes of a key then are whole fragments (see keys.cuh).
 template <class Keys, int MT>
-__device__ __forceinline__ void load_queries(const ScoreParams& p, const ScoreItem& item, uint4* fragments) {
+__device__ __forceinline__ void load_queries(const ScoreParams& p, const ScoreItem& item, uint4* fragments, int warp,
+                                             int lane) {
   constexpr int kLaneDims = 16 / Keys::kBytes;  // head dimensions in 16 bytes of a key
   constexpr int kPerChunk = kLaneDims / 4;      // fragments of 64 bytes
-  const ScoreLayer& layer = p.layers[item.layer];
-  const int each = p.query_fragments * kWarp;
-  for (int i = threadIdx.x; i < MT * each; i += kScoreThreads) {
-    const int lane = i % kWarp, fragment = i / kWarp % p.query_fragments, m = i / each;
-    const int dim = fragment / kPerChunk * 4 * kLaneDims + lane % 4 * kLaneDims + fragment % kPerChunk * 4;
-    float x[2][4];
+  const auto* query = static_cast<const unsigned char*>(p.layers[item.layer].query);
+  const int bytes = p.query_dtype == SPECPREFILL_F32 ? 4 : 2;
+  OctetCursor octet = item.first;
+#pragma unroll 1
+  for (int m = 0; m < MT; ++m) {
+    bool valid[2];
+    const unsigned char* from[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const ScoreRow row = row_of(p, item, item.first_octet + 2 * m + h, lane / 4);
-      const int64_t at = item.b * p.query_stride_batch + row.n * p.query_stride_row +
-                         (static_cast<int64_t>(item.head) * p.group + row.head) * p.query_stride_head;
-#pragma unroll
-      for (int d = 0; d < 4; ++d) {
-        const bool there = row.valid && dim + d < p.head_dim;
-        x[h][d] = there ? query_element(p, layer.query, at + (dim + d) * p.query_stride_dim) : 0.0f;
-      }
+      const ScoreRow row = row_of(p, item, octet, lane / 4);
+      octet.advance(p);
+      valid[h] = row.valid;
+      from[h] = query + bytes * (item.b * p.query_stride_batch + row.n * p.query_stride_row +
+                                 (static_cast<int64_t>(item.head) * p.group + row.head) * p.query_stride_head);
     }
-    for (int part = 0; part < p.query_parts; ++part) {
-      float y[2][4];
+#pragma unroll 1
+    for (int fragment = warp; fragment < p.query_fragments; fragment += kScoreWarps) {
+      const int dim = fragment / kPerChunk * 4 * kLaneDims + lane % 4 * kLaneDims + fragment % kPerChunk * 4;
+      uint4* to = fragments + (m * p.query_fragments + fragment) * kWarp + lane;
+      if (p.query_is_ready) {  // four numbers of the type that is multiplied, 8 bytes
+        const uint2 none = make_uint2(0, 0);
+        const uint2 x = valid[0] && dim < p.head_dim ? *reinterpret_cast<const uint2*>(from[0] + 2 * dim) : none;
+        const uint2 y = valid[1] && dim < p.head_dim ? *reinterpret_cast<const uint2*>(from[1] + 2 * dim) : none;
+        *to = make_uint4(x.x, y.x, x.y, y.y);
+        continue;
+      }
+      float x[2][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int d = 0; d < 4; ++d) y[h][d] = Keys::kHalf ? x[h][d] : take_bf16(x[h][d]);
+        for (int d = 0; d < 4; ++d) {
+          const bool there = valid[h] && dim + d < p.head_dim;
+          x[h][d] = there ? query_element(p, from[h], (dim + d) * p.query_stride_dim) : 0.0f;
+        }
       }
-      fragments[part * MT * each + i] =
-          make_uint4(pack<Keys::kHalf>(y[0][0], y[0][1]), pack<Keys::kHalf>(y[1][0], y[1][1]),
-                     pack<Keys::kHalf>(y[0][2], y[0][3]), pack<Keys::kHalf>(y[1][2], y[1][3]));
+#pragma unroll 1
+      for (int part = 0; part < p.query_parts; ++part) {
+        float y[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int d = 0; d < 4; ++d) y[h][d] = Keys::kHalf ? x[h][d] : take_bf16(x[h][d]);
+        }
+        to[part * MT * p.query_fragments * kWarp] =
+            make_uint4(pack<Keys::kHalf>(y[0][0], y[0][1]), pack<Keys::kHalf>(y[1][0], y[1][1]),
+                       pack<Keys::kHalf>(y[0][2], y[0][3]), pack<Keys::kHalf>(y[1][2], y[1][3]));
+      }
     }
   }
 }

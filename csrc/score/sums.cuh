@@ -20,9 +20,11 @@ template <int MT>
 struct LaneSums {
   float2 of[MT][2];
 
-  __device__ __forceinline__ void clear() {
+  static __device__ __forceinline__ LaneSums none() {
+    LaneSums sums;
 #pragma unroll
-    for (int m = 0; m < MT; ++m) of[m][0] = of[m][1] = make_float2(-INFINITY, 0.0f);
+    for (int m = 0; m < MT; ++m) sums.of[m][0] = sums.of[m][1] = make_float2(-INFINITY, 0.0f);
+    return sums;
   }
 
   // Logits of a step; -Inf where a row sees no key.
@@ -47,7 +49,7 @@ struct LaneSums {
   }
 
   // Joins the four lanes of each row, and writes what the warp has seen: [rows of the job]
-  __device__ __forceinline__ void write(float2* out, int lane) {
+  __device__ __forceinline__ void write(float2* out, int lane) const {
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
 #pragma unroll

@@ -27,15 +27,24 @@ __device__ __forceinline__ void clear(Tile<MT>& c) {
   }
 }
 
+template <class Keys>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, const uint32_t (&b)[2]) {
+  const uint32_t four[4] = {a.x, a.y, a.z, a.w};
+  if constexpr (Keys::kHalf) {
+    mma_f16(c, four, b[0], b[1]);
+  } else {
+    mma_bf16(c, four, b[0], b[1]);
+  }
+}
+
 // Adds the products of one staged line.
 template <class Keys, int MT>
 __device__ __forceinline__ void multiply_line(const ScoreParams& p, const uint4* queries, const unsigned char* stage,
                                               int line, int lane, Tile<MT>& c) {
   constexpr int kPerChunk = 4 / Keys::kBytes;  // fragments
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const int chunk = line * 2 + half;
-    if (chunk >= p.chunks) break;
+  const int part_size = MT * p.query_fragments * kWarp;
+  const auto multiply_chunk = [&](int half, const uint4* of_part, int first_part, int parts) {
+    const uint4* from = of_part + (line * 2 + half) * kPerChunk * kWarp + lane;
     uint4 raw[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -47,26 +56,30 @@ __device__ __forceinline__ void multiply_line(const ScoreParams& p, const uint4*
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) Keys::fragment(raw[j], s, p.key_e5m2, b[j]);
 #pragma unroll 1
-      for (int part = 0; part < p.query_parts; ++part) {
-        const uint4* from = queries + (part * MT * p.query_fragments + chunk * kPerChunk + s) * kWarp + lane;
+      for (int part = first_part; part < parts; ++part) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          const uint4 four = from[m * p.query_fragments * kWarp];
-          const uint32_t a[4] = {four.x, four.y, four.z, four.w};
+          const uint4 a = from[(part - first_part) * part_size + (m * p.query_fragments + s) * kWarp];
 #pragma unroll
           for (int key_part = 0; key_part < Keys::kParts; ++key_part) {
             if (Keys::kParts > 1 && part + key_part > 2) break;
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-              if constexpr (Keys::kHalf) {
-                mma_f16(c[j][m], a, b[j][key_part][0], b[j][key_part][1]);
-              } else {
-                mma_bf16(c[j][m], a, b[j][key_part][0], b[j][key_part][1]);
-              }
-            }
+            for (int j = 0; j < kColumns; ++j) multiply<Keys>(c[j][m], a, b[j][key_part]);
           }
         }
       }
+    }
+  };
+  const bool second = line * 2 + 1 < p.chunks;
+  if constexpr (Keys::kParts > 1) {
+#pragma unroll 1
+    for (int half = 0; half < (second ? 2 : 1); ++half) multiply_chunk(half, queries, 0, p.query_parts);
+  } else {
+    // Queries mostly are one part; the keys of more are as soon read again as kept.
+#pragma unroll 1
+    for (int part = 0; part < p.query_parts; ++part) {
+      multiply_chunk(0, queries + part * part_size, 0, 1);
+      if (second) multiply_chunk(1, queries + part * part_size, 0, 1);
     }
   }
 }
@@ -75,7 +88,7 @@ __device__ __forceinline__ void multiply_line(const ScoreParams& p, const uint4*
 __device__ __forceinline__ float tanh_fast(float x) {
   const float square = x * x;
   const float series = x * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
-  return square < 0.01f ? series : 1.0f - 2.0f / (exp2_fast(x * (2 * kLog2E)) + 1.0f);
+  return square < 0.01f ? series : 1.0f - 2.0f * reciprocal_fast(exp2_fast(x * (2 * kLog2E)) + 1.0f);
 }
 
 // Dot products into logits times log2(e). `factor` holds the scale, of keys too, and log2(e), or with a softcap its
@@ -88,10 +101,16 @@ __device__ __forceinline__ void scale_logits(float factor, float softcap, Tile<M
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = __fmul_rn(c[j][m][i], factor);
-        c[j][m][i] = softcap == 0.0f ? x : __fmul_rn(softcap * kLog2E, tanh_fast(x));
-      }
+      for (int i = 0; i < 4; ++i) c[j][m][i] = __fmul_rn(c[j][m][i], factor);
+    }
+  }
+  if (softcap == 0.0f) return;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j][m][i] = __fmul_rn(softcap * kLog2E, tanh_fast(c[j][m][i]));
     }
   }
 }
@@ -112,11 +131,13 @@ __device__ __forceinline__ bool seen_whole(const ScoreItem& item, int first_key,
 template <int MT>
 __device__ __forceinline__ void hide_unseen(const ScoreParams& p, const ScoreItem& item, int first_key,
                                             uint32_t present, float hidden, int lane, Tile<MT>& c) {
+  OctetCursor octet = item.first;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const ScoreRow row = row_of(p, item, item.first_octet + 2 * m + h, lane / 4);
+      const ScoreRow row = row_of(p, item, octet, lane / 4);
+      octet.advance(p);
       const int last = row.valid ? item.base + row.n : -1, before = last - item.window;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
