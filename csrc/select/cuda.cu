@@ -103,7 +103,7 @@ SelectParams select_params(const specprefill_select& args, const specprefill_fin
 
 int launch_select(const specprefill_select& args, const specprefill_finalize& source,
                   const specprefill_gather_tokens* gather, void* memory, size_t memory_bytes, cudaStream_t stream) {
-  SPECPREFILL_REQUIRE(args.width <= UINT32_MAX, "indices: expected room for fewer than 2^32 tokens, got %lld",
+  SPECPREFILL_REQUIRE(args.width <= kMaxSize, "indices: expected room for fewer than 2^31 tokens, got %lld",
                       ll(args.width));
   SelectParams p = select_params(args, source);
   SPECPREFILL_TRY(set_chunks(args, p));

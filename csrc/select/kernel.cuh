@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const __grid_
     if (job >= key_jobs) break;
     const unsigned b = job / p.jobs_per_sequence;
     const auto first = static_cast<int>(job % p.jobs_per_sequence) * p.chunks_per_job;
-    make_keys(p, sequence_of(p, b), first, min(p.num_chunks - first, p.chunks_per_job) + first, shared);
+    make_keys(p, sequence_of(p, b), first, min(p.num_chunks - first, p.chunks_per_job), shared);
     if (!finished_last(&p.finished[b], p.jobs_per_sequence, &shared.slot)) continue;
     rank_sequence(p, b, shared);
     if (p.batch > 1 && !finished_last(p.ranked, p.batch, &shared.slot)) continue;

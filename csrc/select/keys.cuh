@@ -55,37 +55,38 @@ __device__ __forceinline__ void write_key(const SelectParams& p, const Sequence&
   p.keys[at] = forced ? kForced : ordered_key(static_cast<float>(rank));
 }
 
-// Keys of the chunks [first, last) from the tile, which starts with the first one.
-__device__ __forceinline__ void add_chunks(const SelectParams& p, const Sequence& of, int first, int last,
+// Keys of `count` chunks from the tile, which starts with chunk `first`.
+__device__ __forceinline__ void add_chunks(const SelectParams& p, const Sequence& of, int first, int count,
                                            const float* tile) {
-  const int64_t start = static_cast<int64_t>(first) * p.chunk_size;
   const int lane = threadIdx.x % p.lanes, groups = kSelectThreads / p.lanes;
   // All lanes of a warp go round together, as they add in groups.
-  for (int block = first; block < last; block += groups) {
-    const int chunk = block + static_cast<int>(threadIdx.x) / p.lanes;
-    const int64_t from = static_cast<int64_t>(chunk) * p.chunk_size;
+  for (int block = 0; block < count; block += groups) {
+    const int i = block + static_cast<int>(threadIdx.x) / p.lanes;
+    const int64_t from = (static_cast<int64_t>(first) + i) * p.chunk_size;
     const int64_t to = min(from + p.chunk_size, static_cast<int64_t>(of.length));
-    const bool there = chunk < last && from < of.length;
+    const bool there = i < count && from < of.length;
     double sum = 0;
     bool forced = false;
     if (there) {
-      for (int64_t t = from + lane; t < to; t += p.lanes) {
-        sum += tile[t - start];
-        if (p.protect) forced |= is_protected(p, of.b, t);
+      const float* chunk = tile + i * p.chunk_size;
+      const int size = static_cast<int>(to - from);
+      for (int t = lane; t < size; t += p.lanes) {
+        sum += chunk[t];
+        if (p.protect) forced |= is_protected(p, of.b, from + t);
       }
     }
     sum = group_sum(sum, p.lanes);
     const unsigned protecting = __ballot_sync(kAllLanes, forced);
     const unsigned group = (p.lanes == kWarp ? kAllLanes : (1u << p.lanes) - 1) << (threadIdx.x % kWarp - lane);
-    if (there && lane == 0) write_key(p, of, chunk, from, to, sum, (protecting & group) != 0);
+    if (there && lane == 0) write_key(p, of, first + i, from, to, sum, (protecting & group) != 0);
   }
 }
 
-// One job: the chunks [first, last) of a sequence, which fit one tile, or one that no tile holds.
-__device__ __forceinline__ void make_keys(const SelectParams& p, const Sequence& of, int first, int last,
+// One job: `count` chunks of a sequence from `first` on, which fit one tile, or one that no tile holds.
+__device__ __forceinline__ void make_keys(const SelectParams& p, const Sequence& of, int first, int count,
                                           SelectShared& shared) {
   const int64_t start = static_cast<int64_t>(first) * p.chunk_size;
-  const int64_t stop = min(static_cast<int64_t>(last) * p.chunk_size, static_cast<int64_t>(p.source.max_len));
+  const int64_t stop = min(start + static_cast<int64_t>(count) * p.chunk_size, static_cast<int64_t>(p.source.max_len));
   // Chunks behind the end have no key; importance is 0 there.
   if (!p.importance && start >= of.length) return;
   const int64_t inside = min(stop, static_cast<int64_t>(of.length));
@@ -108,7 +109,7 @@ __device__ __forceinline__ void make_keys(const SelectParams& p, const Sequence&
   }
   if (!is_long) {
     __syncthreads();
-    return add_chunks(p, of, first, last, shared.tile);
+    return add_chunks(p, of, first, count, shared.tile);
   }
   sum = block_sum(sum, shared.block);
   forced = __syncthreads_or(forced);

@@ -186,7 +186,7 @@ __device__ __forceinline__ void rank_sequence(const SelectParams& p, unsigned b,
   const int chunks = length / p.chunk_size + (length % p.chunk_size != 0);
   RankKeys of{p.keys + row, p.by_mass ? p.masses + row : nullptr, static_cast<unsigned>(chunks)};
   unsigned* held = chunks <= p.held_keys ? shared.keys() : nullptr;
-  clear_histogram(shared.rank);
+  if (!p.by_mass) clear_histogram(shared.rank);
   __syncthreads();
   unsigned forced = 0;
 #pragma unroll 4
