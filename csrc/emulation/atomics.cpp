@@ -87,6 +87,14 @@ template int compare_and_swap(int*, int, int);
 template unsigned compare_and_swap(unsigned*, unsigned, unsigned);
 template unsigned long long compare_and_swap(unsigned long long*, unsigned long long, unsigned long long);
 
+float load_relaxed(const float* address) {
+  running("load_relaxed");
+  begin(address, races::Atomic::relaxed_load, __builtin_return_address(0));
+  const float value = *address;
+  end(false);
+  return value;
+}
+
 unsigned load_acquire(const unsigned* address) {
   running("load_acquire");
   begin(address, races::Atomic::load_acquire, __builtin_return_address(0));

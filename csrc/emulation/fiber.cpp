@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <new>
 
-#if !defined(__x86_64__)
+// SPECPREFILL_EMULATION_UCONTEXT chooses what other processors than x86-64 use there too, to test it.
+#if !defined(__x86_64__) || defined(SPECPREFILL_EMULATION_UCONTEXT)
+#define SPECPREFILL_UCONTEXT 1
 #include <ucontext.h>
 #endif
 #if defined(SPECPREFILL_ASAN)
@@ -16,7 +18,7 @@
 
 namespace emulation {
 
-#if defined(__x86_64__)
+#if !defined(SPECPREFILL_UCONTEXT)
 
 // Keeps what the System V ABI lets a function rely on after a call: six registers, on the stack that is left. ucontext
 // would do, but it makes two system calls per switch, and a test makes millions of switches.

@@ -7,6 +7,13 @@
 
 namespace emulation {
 
+namespace {
+
+// Each thread that a processor holds has a stack, and a process may only have so many.
+constexpr int kMostProcessors = 8;
+
+}  // namespace
+
 std::string Order::text() const {
   if (kind == forward) return "forward";
   if (kind == reverse) return "reverse";
@@ -20,10 +27,12 @@ Device device_from_environment(std::string* problem) {
   int end = -1;
   const int found =
       std::sscanf(text, "%d:%d:%d%n", &device.processors, &device.shared_kib, &device.compute_capability, &end);
-  if (found != 3 || end != static_cast<int>(std::strlen(text)) || device.processors < 1 || device.shared_kib < 48 ||
-      device.shared_kib > 1024 || device.compute_capability < 50) {
+  if (found != 3 || end != static_cast<int>(std::strlen(text)) || device.processors < 1 ||
+      device.processors > kMostProcessors || device.shared_kib < 48 || device.shared_kib > 1024 ||
+      device.compute_capability < 50) {
     *problem = std::string(
-                   "SPECPREFILL_EMULATION_DEVICE: expected processors:shared_kib:compute_capability, as in "
+                   "SPECPREFILL_EMULATION_DEVICE: expected processors:shared_kib:compute_capability with at most 8 "
+                   "processors, as in "
                    "4:227:90, got '") +
                text + "'";
     return Device();
