@@ -163,6 +163,17 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 // ---- memory that several blocks share ----
 
+// A read of what other blocks change with atomic functions meanwhile: some value that it had.
+__device__ __forceinline__ float load_relaxed(const float* p) {
+#if defined(SPECPREFILL_EMULATED)
+  return emulation::load_relaxed(p);
+#else
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+#endif
+}
+
 // A read that sees everything written before the matching `store_release` of another block.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 #if defined(SPECPREFILL_EMULATED)

@@ -13,6 +13,7 @@ void copy_async_16(void* to_shared, const void* from, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
+float load_relaxed(const float* address);
 unsigned load_acquire(const unsigned* address);
 void store_release(unsigned* address, unsigned value);
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ void fold_row(const ScoreParams& p, const ScoreItem& 
   float* state = p.state + item.b * p.state_stride_batch + row * p.state_stride_row + t;
   float before[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) before[i] = here[i] ? __ldcg(state + i / 2 * 8 + i % 2) : 0.0f;
+  for (int i = 0; i < 4; ++i) before[i] = here[i] ? load_relaxed(state + i / 2 * 8 + i % 2) : 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     // Few values of many layers and heads are the largest so far, so most end with the read.
