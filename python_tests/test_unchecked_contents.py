@@ -103,3 +103,24 @@ def test_nothing_of_an_empty_slot_is_kept(backend, budget, guarded):
     assert (kept.importance[[1, 3]] == 0).all()
     counts = kept.selection.num_kept.tolist()
     assert kept.packed.cu_seqlens.tolist() == [0, counts[0], counts[0], counts[0] + counts[2], counts[0] + counts[2]]
+
+
+@pytest.mark.parametrize("length", [1, 13, 30, 255, 961])
+@pytest.mark.parametrize("state_rows", [1, ROWS])
+@pytest.mark.parametrize("lse", [False, True])
+def test_weights_that_are_not_finite_stay_inside_the_prompt(backend, lse, state_rows, length):
+    """A kernel pools more positions than there are; what it has of the others is dropped, NaN too."""
+    key = random(1, HEADS, length, DIM)
+    key[0, 0, -1] = float("nan")
+    before = torch.full((1, state_rows, length + 40), -7.5)
+    before[:, :, :length] = 0
+    state = spk.score_layer_(
+        before.clone(),
+        random(1, ROWS, HEADS, DIM),
+        key,
+        seq_lens=torch.tensor([length]),
+        lse=torch.zeros(1, ROWS, HEADS) if lse else None,
+        backend=backend,
+    )
+    assert state[:, :, length - 1].isnan().all()
+    assert (state[:, :, length:] == -7.5).all()
