@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 
 namespace emulation {
 
@@ -16,18 +15,28 @@ std::string source_line(const void* return_address) {
   char offset[32];
   std::snprintf(offset, sizeof offset, "%#zx",
                 static_cast<size_t>(address - reinterpret_cast<uintptr_t>(module.dli_fbase)));
+  static const std::string own = "/emulation/";
   const std::string path = module.dli_fname;
   const std::string plain = path.substr(path.rfind('/') + 1) + "+" + offset;
   if (path.find('\'') != std::string::npos) return plain;
-  std::string line;
-  if (FILE* output = popen(("addr2line -e '" + path + "' " + offset + " 2>/dev/null").c_str(), "r")) {
-    char text[512];
-    if (std::fgets(text, sizeof text, output)) line = text;
+  // The innermost function first. Those of the emulation itself are what every thread calls: the line that calls them
+  // says more.
+  std::string lines;
+  if (FILE* output = popen(("addr2line -i -e '" + path + "' " + offset + " 2>/dev/null").c_str(), "r")) {
+    char text[1024];
+    for (int count = 0; count < 3 && std::fgets(text, sizeof text, output);) {
+      std::string line = text;
+      line = line.substr(0, line.find_first_of(" \n"));
+      const size_t name = line.rfind('/') + 1;
+      if (line[0] == '?') continue;
+      if (name >= own.size() && line.compare(name - own.size(), own.size(), own) == 0) continue;
+      lines += (count++ ? " in " : "") + line.substr(name);
+    }
+    while (std::fgets(text, sizeof text, output)) {
+    }
     pclose(output);
   }
-  line = line.substr(line.rfind('/') + 1);
-  line = line.substr(0, line.find_first_of(" \n"));
-  return line.empty() || line[0] == '?' ? plain : line;
+  return lines.empty() ? plain : lines;
 }
 
 }  // namespace emulation
