@@ -70,16 +70,22 @@ __device__ __forceinline__ void multiply_line(const ScoreParams& p, const uint4*
       }
     }
   };
-  const bool second = line * 2 + 1 < p.chunks;
+  const int halves = min(p.chunks - line * 2, 2);
   if constexpr (Keys::kParts > 1) {
 #pragma unroll 1
-    for (int half = 0; half < (second ? 2 : 1); ++half) multiply_chunk(half, queries, 0, p.query_parts);
+    for (int half = 0; half < halves; ++half) multiply_chunk(half, queries, 0, p.query_parts);
   } else {
     // Queries mostly are one part; the keys of more are as soon read again as kept.
 #pragma unroll 1
-    for (int part = 0; part < p.query_parts; ++part) {
-      multiply_chunk(0, queries + part * part_size, 0, 1);
-      if (second) multiply_chunk(1, queries + part * part_size, 0, 1);
+    for (int part = 0; part < p.query_parts; ++part, queries += part_size) {
+      if constexpr (kPerChunk >
+                    2) {  // 32 products or more: the loop costs nothing, and two at a time too many registers
+#pragma unroll 1
+        for (int half = 0; half < halves; ++half) multiply_chunk(half, queries, 0, 1);
+      } else {
+        multiply_chunk(0, queries, 0, 1);
+        if (halves > 1) multiply_chunk(1, queries, 0, 1);
+      }
     }
   }
 }
