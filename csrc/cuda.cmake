@@ -1,7 +1,7 @@
 # nvcc and what it compiles for. Sets cuda_architectures ("sm_80 sm_90 compute_120") and cuda_compiler.
 
-# The GPUs that the kernels are written for: A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50. Newer ones
-# compile the last one's PTX when they load it.
+# The GPUs that the kernels are written for: A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50. Others from
+# H100 on (Jetson Thor, or newer ones) compile PTX when they load it: that of the last one that is not above them.
 set(supported 80 86 89 90 100 120)
 
 if(NOT SPECPREFILL_CUDA_ARCHITECTURES)
@@ -26,6 +26,9 @@ if(NOT SPECPREFILL_CUDA_ARCHITECTURES)
   list(GET architectures -1 newest)
   list(TRANSFORM architectures APPEND -real)
   list(APPEND architectures ${newest}-virtual)
+  if(NOT newest EQUAL 90 AND "90-real" IN_LIST architectures)
+    list(APPEND architectures 90-virtual)
+  endif()
 else()
   string(REGEX REPLACE "[ ,]+" ";" architectures "${SPECPREFILL_CUDA_ARCHITECTURES}")
 endif()
