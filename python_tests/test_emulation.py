@@ -159,8 +159,21 @@ def test_what_a_launch_does_follows_from_its_order(build):
     [
         ("SPECPREFILL_EMULATION_ORDER", "backwards", "expected forward, reverse, random or random:SEED"),
         ("SPECPREFILL_EMULATION_ORDER", "random:x", "expected forward, reverse, random or random:SEED"),
-        ("SPECPREFILL_EMULATION_DEVICE", "4:227", "expected processors:shared_kib:compute_capability"),
-        ("SPECPREFILL_EMULATION_DEVICE", "0:227:90", "expected processors:shared_kib:compute_capability"),
+        (
+            "SPECPREFILL_EMULATION_DEVICE",
+            "4:227",
+            "expected processors:shared_kib:compute_capability with at most 8 processors",
+        ),
+        (
+            "SPECPREFILL_EMULATION_DEVICE",
+            "0:227:90",
+            "expected processors:shared_kib:compute_capability with at most 8 processors",
+        ),
+        (
+            "SPECPREFILL_EMULATION_DEVICE",
+            "9:227:90",
+            "expected processors:shared_kib:compute_capability with at most 8 processors",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_errors(build, variable, value, says):
