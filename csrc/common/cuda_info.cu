@@ -33,8 +33,10 @@ bool runs_on(const char* architectures, int major, int minor) {
     if (std::sscanf(word, "sm_%d%c", &number, &suffix) >= 1) {
       const bool exact = suffix == 'a';
       if (number / 10 == major && (exact ? number % 10 == minor : number % 10 <= minor)) return true;
-    } else if (std::sscanf(word, "compute_%d", &number) == 1) {
-      if (number <= 10 * major + minor) return true;
+    } else if (std::sscanf(word, "compute_%d%c", &number, &suffix) >= 1) {
+      // With a suffix, PTX is as little for others as binaries are.
+      const bool same = number / 10 == major && (suffix == 'a' ? number % 10 == minor : number % 10 <= minor);
+      if (suffix == 'a' || suffix == 'f' ? same : number <= 10 * major + minor) return true;
     } else {
       return true;
     }

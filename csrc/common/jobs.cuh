@@ -42,7 +42,9 @@ __device__ __forceinline__ void raise_flag(unsigned* flag) {
 // Waits for a flag; then the block's threads see what was written before it was raised. All threads call it.
 __device__ __forceinline__ void wait_for_flag(const unsigned* flag) {
   if (threadIdx.x == 0) {
-    while (load_acquire(flag) == 0) __nanosleep(100);
+    // Not by acquiring reads: each of these empties the first-level cache, which the processor's other blocks use.
+    while (load_relaxed(flag) == 0) __nanosleep(100);
+    (void)load_acquire(flag);
   }
   __syncthreads();
 }

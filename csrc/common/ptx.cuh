@@ -174,6 +174,16 @@ __device__ __forceinline__ float load_relaxed(const float* p) {
 #endif
 }
 
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* p) {
+#if defined(SPECPREFILL_EMULATED)
+  return emulation::load_relaxed(p);
+#else
+  unsigned x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+#endif
+}
+
 // A read that sees everything written before the matching `store_release` of another block.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 #if defined(SPECPREFILL_EMULATED)

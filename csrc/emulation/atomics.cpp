@@ -87,13 +87,16 @@ template int compare_and_swap(int*, int, int);
 template unsigned compare_and_swap(unsigned*, unsigned, unsigned);
 template unsigned long long compare_and_swap(unsigned long long*, unsigned long long, unsigned long long);
 
-float load_relaxed(const float* address) {
+template <class T>
+T load_relaxed(const T* address) {
   running("load_relaxed");
   begin(address, races::Atomic::relaxed_load, __builtin_return_address(0));
-  const float value = *address;
+  const T value = *address;
   end(false);
   return value;
 }
+template float load_relaxed(const float*);
+template unsigned load_relaxed(const unsigned*);
 
 unsigned load_acquire(const unsigned* address) {
   running("load_acquire");

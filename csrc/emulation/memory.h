@@ -13,7 +13,8 @@ void copy_async_16(void* to_shared, const void* from, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-float load_relaxed(const float* address);
+template <class T>
+T load_relaxed(const T* address);  // float and unsigned
 unsigned load_acquire(const unsigned* address);
 void store_release(unsigned* address, unsigned value);
 

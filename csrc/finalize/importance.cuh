@@ -88,7 +88,7 @@ __device__ __forceinline__ Four reduce_pooled_rows(const ImportanceSource& s, co
   const int last = static_cast<int>(min(static_cast<int64_t>(t) + 3 + half, static_cast<int64_t>(length) - 1));
   for (int n = 0; n < rows; n += kPooledRowsAtOnce) {
     Four sums[kPooledRowsAtOnce] = {};
-    for (int at = first; at <= last; at += 4) {
+    for (int left = last - first, at = first; left >= 0; left -= 4, at += left >= 0 ? 4 : 0) {  // 2^31 is never reached
       Four row[kPooledRowsAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kPooledRowsAtOnce; ++i) {

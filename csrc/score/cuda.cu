@@ -76,7 +76,8 @@ bool alike(const specprefill_score& args, const specprefill_layer& a, const spec
       !a.lse == !b.lse && (!a.lse || (a.lse_stride_batch == b.lse_stride_batch &&
                                       a.lse_stride_row == b.lse_stride_row && a.lse_stride_head == b.lse_stride_head));
   const bool heads = a.num_q_heads == b.num_q_heads && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim;
-  return query && key && lse && heads && (!a.key_scale || !b.key_scale || a.key_scale_stride == b.key_scale_stride);
+  const bool scale = !a.key_scale == !b.key_scale && (!a.key_scale || a.key_scale_stride == b.key_scale_stride);
+  return query && key && lse && heads && scale;
 }
 
 // ---- one launch ----
@@ -199,10 +200,9 @@ void set_layers(Launch& launch) {
     p.layers[i] = {layer.query, layer.key, layer.key_scale, layer.lse, layer.scale, static_cast<int32_t>(window)};
   }
   p.items = p.num_layers * p.batch * p.kv_heads * p.rows.blocks;
-  const int64_t sums = int64_t{p.items} * p.sum_jobs;
-  p.lead = static_cast<uint32_t>(std::min<int64_t>(sums, p.sum_jobs ? p.sum_jobs + launch.blocks / 2 : 0));
-  p.tickets = static_cast<uint32_t>(p.lead + int64_t{p.items} * (p.sum_jobs + p.pool_jobs));
-  launch.blocks = static_cast<int>(std::min<int64_t>(launch.blocks, p.tickets));
+  p.lead = launch.blocks / 2;
+  const uint32_t tickets = score_jobs(p, p.sum_jobs, p.pool_jobs).tickets;
+  launch.blocks = static_cast<int>(std::min<int64_t>(launch.blocks, tickets));
   Arena count;
   Scratch(p.items, int64_t{p.items} * 16 * launch.kernel.row_tiles, p.sum_jobs, count);
   launch.scratch_bytes = count.used() + Arena::kAlign;

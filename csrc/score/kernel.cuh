@@ -29,6 +29,7 @@ constexpr int kScoreStages = Keys::kParts == 1 ? 4 : 2;
 
 // What a block does next. It lies in shared memory: values that all threads use now and then, in nobody's registers.
 struct ScoreWork {
+  ScoreJobs jobs;
   ScoreItem item;
   ScoreJob job;
   bool any;       // else all is done
@@ -244,8 +245,9 @@ __device__ __forceinline__ void load_norms(const ScoreParams& p, const ScoreItem
       if (row.valid && layer.lse) {
         norm = kLog2E * layer.lse[item.b * p.lse_stride_batch + row.n * p.lse_stride_row +
                                   (static_cast<int64_t>(item.head) * p.group + row.head) * p.lse_stride_head];
+        if (norm == INFINITY) norm = __int_as_float(0x7fffffff);  // no sum is infinite: not weights of 0, but NaN
       } else if (row.valid) {
-        norm = __ldcg(p.norms + static_cast<int64_t>(index) * 16 * MT + m * 16 + h * 8 + lane / 4);
+        norm = load_relaxed(p.norms + static_cast<int64_t>(index) * 16 * MT + m * 16 + h * 8 + lane / 4);
       }
       norms[m][h] = norm;
     }
@@ -272,14 +274,32 @@ __device__ __forceinline__ void finish_sums(const ScoreParams& p, const ScoreIte
   }
 }
 
+// Counts the jobs of an item by the longest sequence that there is, which may be far shorter than the state: a CUDA
+// graph is captured for the longest that may come. One warp does it; all blocks find the same.
+__device__ __forceinline__ void count_jobs(const ScoreParams& p, ScoreJobs* jobs, int lane) {
+  int readable = 0, length = 0;
+  for (int b = lane; b < p.batch; b += kWarp) {
+    const ScoreSequence sequence = sequence_of(p, b);
+    if (sequence.rows == 0) continue;
+    readable = max(readable, sequence.readable);
+    length = max(length, sequence.length);
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    readable = max(readable, __shfl_xor_sync(kAllLanes, readable, step));
+    length = max(length, __shfl_xor_sync(kAllLanes, length, step));
+  }
+  if (lane == 0) *jobs = score_jobs(p, p.sum_jobs ? ceil_div(readable, kSumKeys) : 0, ceil_div(length, kPoolPositions));
+}
+
 // Draws tickets until there is work. One thread does it.
 template <int MT>
 __device__ __forceinline__ void draw_work(const ScoreParams& p, ScoreWork* work) {
   for (;;) {
     const uint32_t ticket = atomicAdd(p.next_ticket, 1u);
-    work->any = ticket < p.tickets;
+    work->any = ticket < work->jobs.tickets;
     if (!work->any) return;
-    const ScoreJob job = score_job(p, ticket);
+    const ScoreJob job = score_job(p, work->jobs, ticket);
     if (job.item < 0) continue;
     const ScoreItem item = item_of<MT>(p, job.item);
     const int first = job.index * (job.pool ? kPoolPositions : kSumKeys);
@@ -323,7 +343,7 @@ __device__ __forceinline__ void set_steps(const ScoreParams& p, const ScoreItem&
     last += kHalo;
   } else if (walk.pass == ScorePass::kPoolWide) {
     walk.first = max(walk.from - p.half, 0);
-    last = min(walk.from + 16 + p.half, item.length);
+    last = walk.to + min(p.half, item.length - walk.to);
   }
   const int skipped = max(first_seen(item) - walk.first, 0) / kStepKeys;
   walk.steps = max(ceil_div(last - walk.first, kStepKeys) - skipped, 0);
@@ -349,6 +369,8 @@ __global__ void __launch_bounds__(kScoreThreads, MT == 4 ? 2 : 3) score_kernel(c
     uint32_t band[2][2];
     for (int block = 0; block < 2; ++block) make_band(16 * (warp - 1), 8 * block - kHalo, p.half, lane, band[block]);
     bands[warp * kWarp + lane] = make_uint4(band[0][0], band[0][1], band[1][0], band[1][1]);
+  } else if (warp == 2) {
+    count_jobs(p, &work->jobs, lane);
   }
 
   for (;;) {

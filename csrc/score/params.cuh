@@ -79,10 +79,9 @@ struct ScoreParams {
 
   // Work and scratch memory.
   int32_t items;     // layer x sequence x KV head x block of rows
-  int32_t sum_jobs;  // of an item; 0: lse is given
+  int32_t sum_jobs;  // of an item at most; 0: lse is given
   int32_t pool_jobs;
-  uint32_t lead;     // sum jobs that come before the first pool job
-  uint32_t tickets;  // in all
+  int32_t lead;  // sum jobs of later items that come before an item's pool jobs
   uint32_t* next_ticket;
   uint32_t *sums_done, *norm_ready;  // [items]
   float* norms;                      // [items, rows of a job] log2 of each row's sum of exponentials
@@ -97,22 +96,34 @@ struct ScoreParams {
 // an item follow `lead` sum jobs behind its own last one, about as many as run at a time, so that they rarely wait, and
 // soon enough to find its keys in the second-level cache, the last ones first.
 
+struct ScoreJobs {
+  uint32_t sums, pools;  // of an item
+  uint32_t first;        // sum jobs before the first pool job
+  uint32_t tickets;      // in all
+};
+
+__host__ __device__ __forceinline__ ScoreJobs score_jobs(const ScoreParams& p, uint32_t sums, uint32_t pools) {
+  const uint32_t all = sums * p.items, some = sums == 0 ? 0 : sums + p.lead, first = all < some ? all : some;
+  return {sums, pools, first, first + p.items * (sums + pools)};
+}
+
 struct ScoreJob {
   bool pool;     // which pass
   int32_t item;  // -1: nothing to do
   int32_t index;
 };
 
-__host__ __device__ __forceinline__ ScoreJob score_job(const ScoreParams& p, uint32_t ticket) {
-  if (ticket < p.lead)
-    return {false, static_cast<int32_t>(ticket / p.sum_jobs), static_cast<int32_t>(ticket % p.sum_jobs)};
-  ticket -= p.lead;
-  const uint32_t period = static_cast<uint32_t>(p.sum_jobs + p.pool_jobs), item = ticket / period;
-  const int32_t index = static_cast<int32_t>(ticket % period);
-  if (index < p.pool_jobs) return {true, static_cast<int32_t>(item), p.pool_jobs - 1 - index};
-  const uint32_t sum = p.lead + item * p.sum_jobs + (index - p.pool_jobs);
-  if (sum / p.sum_jobs >= static_cast<uint32_t>(p.items)) return {false, -1, 0};
-  return {false, static_cast<int32_t>(sum / p.sum_jobs), static_cast<int32_t>(sum % p.sum_jobs)};
+__device__ __forceinline__ ScoreJob score_job(const ScoreParams& p, const ScoreJobs& jobs, uint32_t ticket) {
+  uint32_t sum = ticket;
+  if (ticket >= jobs.first) {
+    const uint32_t period = jobs.sums + jobs.pools, item = (ticket - jobs.first) / period;
+    const uint32_t index = (ticket - jobs.first) % period;
+    if (index < jobs.pools) return {true, static_cast<int32_t>(item), static_cast<int32_t>(jobs.pools - 1 - index)};
+    sum = jobs.first + item * jobs.sums + (index - jobs.pools);
+  }
+  const uint32_t item = sum / jobs.sums;
+  if (item >= static_cast<uint32_t>(p.items)) return {false, -1, 0};
+  return {false, static_cast<int32_t>(item), static_cast<int32_t>(sum % jobs.sums)};
 }
 
 }  // namespace specprefill

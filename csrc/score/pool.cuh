@@ -127,6 +127,7 @@ __device__ __forceinline__ void fold(const ScoreParams& p, const ScoreItem& item
     for (int i = 0; i < 4; ++i) best[i] *= part[i];
     fold_row(p, item, (span << p.rows.span_bits) + (lane / 4 & ((1 << p.rows.span_bits) - 1)), t, best, here, lane);
   }
+  __syncwarp();  // lanes have left fold_row one by one, and products take them all
 }
 
 }  // namespace specprefill

@@ -21,8 +21,7 @@ struct OctetCursor {
   }
 };
 
-// One item: a layer, a sequence, a KV head, and a block of its rows. The lengths are clamped to the buffers, whatever
-// the device's tables say.
+// One item: a layer, a sequence, a KV head, and a block of its rows.
 struct ScoreItem {
   int32_t layer, b, head;
   OctetCursor first;
@@ -48,6 +47,32 @@ __device__ __forceinline__ ScoreRow row_of(const ScoreParams& p, const ScoreItem
   return {n, head, n < item.rows && head < p.group && at.octet < p.rows.octets};
 }
 
+// Where a sequence lies, clamped to the buffers, whatever the device's tables say.
+struct ScoreSequence {
+  int64_t start;  // packed: its first token
+  int32_t length, rows, readable;
+};
+
+__device__ __forceinline__ ScoreSequence sequence_of(const ScoreParams& p, int b) {
+  ScoreSequence sequence;
+  int64_t room = p.room;
+  sequence.start = 0;
+  if (p.cu_seqlens) {
+    const int64_t start = p.cu_seqlens[b], stop = p.cu_seqlens[b + 1];
+    const int64_t end = stop < room ? stop : room;
+    room = start >= 0 && end > start ? end - start : 0;
+    sequence.start = start > 0 ? start : 0;
+  }
+  sequence.rows = p.look_ahead;
+  if (p.num_look_ahead) sequence.rows = max(min(p.num_look_ahead[b], p.look_ahead), 0);
+  const int32_t behind = p.counts_look_ahead ? max(sequence.rows - 1, 0) : 0;
+  int64_t length = room - behind < p.max_len ? room - behind : p.max_len;
+  if (p.seq_lens && p.seq_lens[b] < length) length = p.seq_lens[b];
+  sequence.length = length > 0 ? static_cast<int32_t>(length) : 0;
+  sequence.readable = sequence.length > 0 ? sequence.length + behind : 0;
+  return sequence;
+}
+
 template <int MT>
 __device__ __forceinline__ ScoreItem item_of(const ScoreParams& p, int32_t index) {
   ScoreItem item;
@@ -60,22 +85,11 @@ __device__ __forceinline__ ScoreItem item_of(const ScoreParams& p, int32_t index
   item.b = index % p.batch;
   item.layer = index / p.batch;
 
-  int64_t room = p.room;
-  item.start = 0;
-  if (p.cu_seqlens) {
-    const int64_t start = p.cu_seqlens[item.b], stop = p.cu_seqlens[item.b + 1];
-    const int64_t end = stop < room ? stop : room;
-    room = start >= 0 && end > start ? end - start : 0;
-    item.start = start > 0 ? start : 0;
-  }
-  item.rows = p.look_ahead;
-  if (p.num_look_ahead) item.rows = max(min(p.num_look_ahead[item.b], p.look_ahead), 0);
-  const int32_t behind = p.counts_look_ahead ? max(item.rows - 1, 0) : 0;
-  const int64_t most = room - behind < p.max_len ? room - behind : p.max_len;
-  int64_t length = most;
-  if (p.seq_lens) length = p.seq_lens[item.b] < most ? p.seq_lens[item.b] : most;
-  item.length = length > 0 ? static_cast<int32_t>(length) : 0;
-  item.readable = item.length > 0 ? item.length + behind : 0;
+  const ScoreSequence sequence = sequence_of(p, item.b);
+  item.start = sequence.start;
+  item.length = sequence.length;
+  item.rows = sequence.rows;
+  item.readable = sequence.readable;
   item.base = p.observation ? item.length - item.rows : item.length - 1;
   item.window = p.layers[item.layer].window;
 

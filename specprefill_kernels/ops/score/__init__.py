@@ -136,6 +136,7 @@ def score_layer_(
             lengths or block ids beyond the buffers, and NaN or +Inf among a valid row's attention weights; `state` is
             then undefined. On CUDA tensors contents are never read on the host: what lies beyond a buffer counts as
             absent, and a row whose weights are not finite leaves NaN or Inf in `state`, which nothing later removes.
+            With `lse`, a single weight that is not finite marks the positions around it, at most 32.
         BackendUnavailable: a backend asked for by name cannot run.
 
     Example:
