@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import processes
@@ -10,6 +11,8 @@ import torch
 
 import specprefill_kernels as spk
 from specprefill_kernels import _backends, _cuda, _native
+from specprefill_kernels.ops.score.native import arguments
+from specprefill_kernels.ops.score.options import ScoreOptions, Sequences
 
 EMULATED = _cuda.EMULATED
 SIZES = {"look_ahead": 4, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "max_len": 1000}
@@ -218,3 +221,41 @@ def test_a_call_goes_to_the_current_stream_of_the_tensors_device(monkeypatch):
         _cuda.call(lambda *arguments: calls.append((current.device, *arguments)), "argument", on=on)
     assert calls == [(0, "argument", 100), (3, "argument", 103)]
     assert current.device == 0
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs SPECPREFILL_EMULATION")
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_layers_of_one_call_may_scale_their_keys_differently(order):
+    """From C each layer has a scale per head, one for all, or none; layers go together only where that is the same."""
+    random = torch.Generator().manual_seed(0)
+    queries = [torch.randn(1, 2, 4, 16, generator=random) for _ in range(3)]
+    keys = [torch.randn(1, 2, 40, 16, generator=random) for _ in range(3)]
+    scales = [None, torch.tensor([0.5, 2.0]), torch.tensor([1.5])]
+    module, options, state = _cuda.module(), ScoreOptions(), spk.new_state(1, 2, 40)
+    layers = []
+    for i in order:
+        scale = [] if scales[i] is None else [scales[i]]
+        score, layer = arguments(
+            module, state, [queries[i]], [keys[i]], Sequences(None, None, None, None), [0], [], scale, options
+        )
+        layers += layer
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    module.score_layers_cuda(score, layers, workspace.data_ptr(), workspace.numel(), 0)
+    expected = spk.new_state(1, 2, 40)
+    for i in order:
+        spk.score_layer_(expected, queries[i], keys[i], key_scale=scales[i], backend="reference")
+    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs SPECPREFILL_EMULATION")
+def test_prompts_far_shorter_than_the_state():
+    """A state for the longest prompt that may come: work is counted by those that came."""
+    random = torch.Generator().manual_seed(0)
+    query, key = torch.randn(3, 2, 2, 16, generator=random), torch.randn(3, 1, 70, 16, generator=random)
+    lengths = torch.tensor([70, 3, 41])
+    wide = torch.zeros(3, 1, 50000, 16)
+    wide[:, :, :70] = key
+    state = spk.score_layer_(spk.new_state(3, 2, 50000), query, wide, seq_lens=lengths, backend="cuda")
+    expected = spk.score_layer_(spk.new_state(3, 2, 70), query, key, seq_lens=lengths, backend="cuda")
+    assert torch.equal(state[:, :, :70], expected)
+    assert not state[:, :, 70:].any()
