@@ -66,12 +66,12 @@ def the_parts(out: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     where = shlex.quote(str(out))
     found = [
-        Part("build", f"{PYTHON} -m bench.gpu_build", 110),
-        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 195 --out {where}", 210),
+        Part("build", f"{PYTHON} -m bench.gpu_build", 80),
+        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 225 --out {where}", 240),
     ]
     if sanitizer:
         # Without a tool first, beside the tests: it compiles what all four tools would compile at once.
-        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize --backend triton", 210, beside=True))
+        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize --backend triton", 240, beside=True))
         for i, (backend, tool) in enumerate(itertools.product(SANITIZED, SANITIZER_TOOLS)):
             # API errors are left out: torch asks the driver for things that it may not have.
             how = f"--tool {tool} --error-exitcode 9 --report-api-errors no --target-processes application-only"
