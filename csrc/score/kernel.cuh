@@ -5,9 +5,10 @@
 // weight needs the sum over all keys; the second time they come out of the second-level cache as far as it holds an
 // item (one KV head of one layer and sequence: 16 MiB at 64K tokens, D = 128) and the sum jobs ahead of it. The floor
 // at the rate of a copy: D * 2 * Hkv * T * L bytes, 2.9 ms at 3 TB/s for 32 layers of 8 KV heads at D = 128 and 128K
-// tokens. Arithmetic a key and 16 rows: D / 16 * 2 / 8 products of tensor cores, 16 exponentials a pass, and in the
-// second 8 / 8 products for the pooling: for 32 rows and D = 128 about a third of what an H100 can issue while it waits
-// for the key.
+// tokens. Arithmetic a key and 16 rows: D / 16 / 8 products of tensor cores and 16 exponentials a pass, and in the
+// second one half a product for the pooling. For 32 rows and D = 128 the second pass has some 1,000 instructions a warp
+// for 32 keys (estimated from the binary for sm_90), about half of what a processor of an H100 issues while its share
+// of memory's rate brings these keys; the first has half as many.
 //
 // Launches: one (and a memset of the counters) for up to 64 layers that differ in their addresses only; see params.cuh
 // for how jobs follow each other. Warps share a block's queries, and otherwise walk alone, each through stages of its
@@ -15,17 +16,9 @@
 #pragma once
 
 #include "common/jobs.cuh"
-#include "score/pool.cuh"
-#include "score/sums.cuh"
+#include "score/walk.cuh"
 
 namespace specprefill {
-
-enum class ScorePass { kSum, kPool, kPoolWide };
-
-// Stages of a warp: with one, its copies would not run beside its arithmetic. Keys that are sums of parts cost so much
-// arithmetic that two are enough.
-template <class Keys>
-constexpr int kScoreStages = Keys::kParts == 1 ? 4 : 2;
 
 // What a block does next. It lies in shared memory: values that all threads use now and then, in nobody's registers.
 struct ScoreWork {
@@ -36,197 +29,23 @@ struct ScoreWork {
   uint32_t slot;  // see jobs.cuh
 };
 
-// A block's shared memory.
+// How a block's shared memory is laid out, in bytes from its start.
 template <class Keys, int MT>
-struct ScoreShared {
-  ScoreWork* work;
-  uint32_t* present;  // [warps][stages], see KeyStages
-  uint4* bands;       // [2][lanes] of keys before a step's, and of its own
-  float2* sums;       // [warps][rows]
-  uint4* queries;     // see load_queries
-  KeyStages stages;
+struct ScoreLayout {
+  static constexpr size_t kPresent = (sizeof(ScoreWork) + 15) / 16 * 16;  // [warps][stages], see KeyStages
+  static constexpr size_t kBands = kPresent + kScoreWarps * kScoreStages<Keys> * sizeof(uint32_t);  // see pool_step
+  static constexpr size_t kSums = kBands + 2 * kWarp * sizeof(uint4);                               // [warps][rows]
+  static constexpr size_t kQueries = kSums + kScoreWarps * 16 * MT * sizeof(float2);                // see load_queries
+  static_assert(kBands % 16 == 0 && kQueries % 16 == 0, "bands and queries are read 16 bytes at a time");
 
+  // The stages' lines follow the queries.
+  __host__ __device__ static size_t lines(int query_parts, int query_fragments) {
+    return kQueries + static_cast<size_t>(query_parts) * MT * query_fragments * kWarp * sizeof(uint4);
+  }
   static size_t bytes(int query_parts, int query_fragments) {
-    return kHeader + static_cast<size_t>(query_parts) * MT * query_fragments * kWarp * sizeof(uint4) +
-           static_cast<size_t>(kScoreWarps) * kScoreStages<Keys> * kStageBytes;
-  }
-  // Where they begin.
-  static constexpr size_t kPresent = (sizeof(ScoreWork) + 15) / 16 * 16;
-  static constexpr size_t kBands = kPresent + kScoreWarps * kScoreStages<Keys> * sizeof(uint32_t);
-  static constexpr size_t kSums = kBands + 2 * kWarp * sizeof(uint4);
-  static constexpr size_t kHeader = kSums + kScoreWarps * 16 * MT * sizeof(float2);
-  static_assert(kBands % 16 == 0 && kHeader % 16 == 0, "bands and queries are read 16 bytes at a time");
-};
-
-// What a pass keeps from step to step, in the same registers for all three: a lane's sums of rows, the last 16 keys'
-// weights, or the sums of 16 positions.
-template <int MT>
-struct ScoreCarry {
-  uint32_t bits[MT][8];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) bits[m][i] = 0;
-    }
-  }
-
-  __device__ __forceinline__ LaneSums<MT> sums() const {
-    LaneSums<MT> out;
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        out.of[m][h] = make_float2(__uint_as_float(bits[m][2 * h]), __uint_as_float(bits[m][2 * h + 1]));
-      }
-    }
-    return out;
-  }
-  __device__ __forceinline__ void keep(const LaneSums<MT>& sums) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        bits[m][2 * h] = __float_as_uint(sums.of[m][h].x);
-        bits[m][2 * h + 1] = __float_as_uint(sums.of[m][h].y);
-      }
-    }
-  }
-
-  __device__ __forceinline__ Weights weights(int m) const {
-    Weights out;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out.high[i] = bits[m][i], out.low[i] = bits[m][4 + i];
-    return out;
-  }
-  __device__ __forceinline__ void keep(int m, const Weights& weights) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bits[m][i] = weights.high[i], bits[m][4 + i] = weights.low[i];
-  }
-
-  __device__ __forceinline__ void positions(int block, float (&out)[MT][4]) const {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[m][i] = __uint_as_float(bits[m][block * 4 + i]);
-    }
-  }
-  __device__ __forceinline__ void keep(int block, const float (&positions)[MT][4]) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[m][block * 4 + i] = __float_as_uint(positions[m][i]);
-    }
+    return lines(query_parts, query_fragments) + size_t{kScoreWarps} * kScoreStages<Keys> * kStageBytes;
   }
 };
-
-// A warp's part of a job.
-template <int MT>
-struct ScoreWalk {
-  ScorePass pass;
-  int first, steps, limit;  // keys
-  int from, to;             // positions that the warp owns (pool passes); a wide pool has 16 from `from` on
-  float factor;
-  float norms[MT][2];
-};
-
-// What a step's weights add to 16 positions that lie between it and the one before.
-template <int MT>
-__device__ __forceinline__ void pool_step(const ScoreParams& p, const ScoreItem& item, const ScoreWalk<MT>& walk,
-                                          const uint4* bands, int first_key, const Tile<MT>& c, ScoreCarry<MT>& carry,
-                                          int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = first_key + 16 * half, first = key - kHalo;
-    Weights now[MT];
-#pragma unroll
-    for (int m = 0; m < MT; ++m) now[m].take(c, 2 * half, m);
-    if (first + 16 > walk.from && first < walk.to) {
-      float sums[2][MT][4] = {};
-      const uint4 before = bands[lane], own = bands[kWarp + lane];
-      const uint32_t band[2][2][2] = {{{before.x, before.y}, {before.z, before.w}}, {{own.x, own.y}, {own.z, own.w}}};
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-          carry.weights(m).add_to(sums[block][m], band[0][block]);
-          now[m].add_to(sums[block][m], band[1][block]);
-        }
-      }
-      fold<MT>(p, item, sums, first, walk.from, walk.to, lane);
-    }
-#pragma unroll
-    for (int m = 0; m < MT; ++m) carry.keep(m, now[m]);
-  }
-}
-
-// What a step's weights add to the 16 positions from walk.from on, wherever they lie.
-template <int MT>
-__device__ __forceinline__ void pool_step_wide(const ScoreParams& p, const ScoreWalk<MT>& walk, int first_key,
-                                               const Tile<MT>& c, ScoreCarry<MT>& carry, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      uint32_t band[2];
-      make_band(first_key + 16 * half, walk.from + 8 * block, p.half, lane, band);
-      float sums[MT][4];
-      carry.positions(block, sums);
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        Weights now;
-        now.take(c, 2 * half, m);
-        now.add_to(sums[m], band);
-      }
-      carry.keep(block, sums);
-    }
-  }
-}
-
-template <class Keys, int MT>
-__device__ __forceinline__ void walk_keys(const ScoreParams& p, const ScoreItem& item, const uint4* queries,
-                                          const KeyStages& stages, const uint4* bands, const ScoreWalk<MT>& walk,
-                                          ScoreCarry<MT>& carry, int lane) {
-  constexpr int kStages = kScoreStages<Keys>;
-  __syncwarp();  // the stages may still be read, from the walk before
-  KeyWalk keys = key_walk(p, item, walk.first, walk.steps, walk.limit);
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) queue_stage<Keys>(p, item, keys, stages, i, lane);
-  Tile<MT> c;
-  int slot = 0, line = 0, first_key = walk.first;
-#pragma unroll 1
-  for (int i = 0; i < walk.steps * p.lines; ++i) {
-    copy_async_wait<kStages - 2>();
-    // Now this stage is here for all lanes, and none of them reads the one before, whose place is taken next.
-    __syncwarp();
-    queue_stage<Keys>(p, item, keys, stages, (slot + kStages - 1) % kStages, lane);
-    if (line == 0) clear(c);
-    multiply_line<Keys, MT>(p, queries, stages.lines + slot * kStageBytes, line, lane, c);
-    const uint32_t present = stages.present[slot];
-    slot = (slot + 1) % kStages;
-    if (++line < p.lines) continue;
-    line = 0;
-
-    scale_logits(walk.factor, p.softcap, c);
-    const bool whole = seen_whole(item, first_key, present);
-    if (walk.pass == ScorePass::kSum) {
-      if (!whole) hide_unseen<MT>(p, item, first_key, present, -INFINITY, lane, c);
-      LaneSums<MT> sums = carry.sums();
-      sums.add(c);
-      carry.keep(sums);
-    } else {
-      take_weights(walk.norms, c);
-      if (!whole) hide_unseen<MT>(p, item, first_key, present, 0.0f, lane, c);
-      if (walk.pass == ScorePass::kPool) {
-        pool_step(p, item, walk, bands, first_key, c, carry, lane);
-      } else {
-        pool_step_wide(p, walk, first_key, c, carry, lane);
-      }
-    }
-    first_key += kStepKeys;
-  }
-}
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -352,18 +171,17 @@ __device__ __forceinline__ void set_steps(const ScoreParams& p, const ScoreItem&
 
 template <class Keys, int MT>
 __global__ void __launch_bounds__(kScoreThreads, MT == 4 ? 2 : 3) score_kernel(const __grid_constant__ ScoreParams p) {
-  using Shared = ScoreShared<Keys, MT>;
+  using Layout = ScoreLayout<Keys, MT>;
   constexpr int kStages = kScoreStages<Keys>, kRows = 16 * MT;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   unsigned char* memory = shared_memory();
   auto* work = reinterpret_cast<ScoreWork*>(memory);
-  auto* bands = reinterpret_cast<uint4*>(memory + Shared::kBands);
-  auto* sums = reinterpret_cast<float2*>(memory + Shared::kSums);
-  auto* queries = reinterpret_cast<uint4*>(memory + Shared::kHeader);
+  auto* bands = reinterpret_cast<uint4*>(memory + Layout::kBands);
+  auto* sums = reinterpret_cast<float2*>(memory + Layout::kSums);
+  auto* queries = reinterpret_cast<uint4*>(memory + Layout::kQueries);
   KeyStages stages;
-  stages.present = reinterpret_cast<uint32_t*>(memory + Shared::kPresent) + warp * kStages;
-  stages.lines = reinterpret_cast<unsigned char*>(queries + p.query_parts * MT * p.query_fragments * kWarp) +
-                 warp * kStages * kStageBytes;
+  stages.present = reinterpret_cast<uint32_t*>(memory + Layout::kPresent) + warp * kStages;
+  stages.lines = memory + Layout::lines(p.query_parts, p.query_fragments) + warp * kStages * kStageBytes;
 
   if (warp < 2) {
     uint32_t band[2][2];

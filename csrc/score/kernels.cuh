@@ -8,7 +8,7 @@ namespace specprefill {
 
 template <class Keys, int MT>
 ScoreKernel score_kernel_of(int parts, int chunks) {
-  return {&score_kernel<Keys, MT>, MT, ScoreShared<Keys, MT>::bytes(parts, chunks * (4 / Keys::kBytes))};
+  return {&score_kernel<Keys, MT>, MT, ScoreLayout<Keys, MT>::bytes(parts, chunks * (4 / Keys::kBytes))};
 }
 
 template <class Keys>
