@@ -209,14 +209,13 @@ SPECPREFILL_API int specprefill_gather_kv_cpu(const specprefill_gather_kv* args,
  * The same ops on the calling thread's current device, in builds that have them. The argument structs and the array of
  * layers lie in host memory and may be changed as soon as a call returns; every pointer inside them is device memory.
  * Calls queue their work on `stream` (a cudaStream_t; NULL: the default stream) and return: they never wait, never read
- * device memory on the host, and allocate nothing when a workspace is given, so that CUDA graphs can capture them (call
- * once before: the first use of a kernel loads it).
- * workspace NULL: taken from the device's memory pool, in stream order. A workspace needs no initial contents and may
- * be used again by the next call on the same stream.
+ * device memory on the host, and allocate nothing when a workspace is given, so that CUDA graphs can capture them; call
+ * once before, as the first use of a kernel loads it. workspace NULL: taken from the device's memory pool, in stream
+ * order. A workspace needs no initial contents and may be used again by the next call on the same stream.
  *
  * Sizes, strides, enums and options are checked as in the _cpu functions. Contents of device memory are not: lengths
  * are clamped to their buffers, positions and blocks outside of them count as absent, a sequence of length 0 keeps
- * nothing, and NaN stays NaN (with lse, one weight that is not finite may mark 32 positions around it). Nothing is read
+ * nothing, and NaN stays NaN; with lse, one weight that is not finite may mark 32 positions around it. Nothing is read
  * or written outside the buffers that the arguments describe.
  */
 
