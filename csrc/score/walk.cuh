@@ -8,10 +8,11 @@ namespace specprefill {
 
 enum class ScorePass { kSum, kPool, kPoolWide };
 
-// Stages of a warp: with one, its copies would not run beside its arithmetic. Keys that are sums of parts cost so much
-// arithmetic that two are enough.
+// Stages of a warp: one that is read, others on their way. With three, an SM of an H100 has room for three blocks of 32
+// rows at D = 128 (59 KiB each), which then have 96 KiB of keys on their way, five times what its share of memory's
+// rate needs. Keys that are sums of parts cost so much arithmetic that two are enough.
 template <class Keys>
-constexpr int kScoreStages = Keys::kParts == 1 ? 4 : 2;
+constexpr int kScoreStages = Keys::kParts == 1 ? 3 : 2;
 
 // What a pass keeps from step to step, in the same registers for all three: a lane's sums of rows, the last 16 keys'
 // weights, or the sums of 16 positions.
@@ -155,11 +156,11 @@ __device__ __forceinline__ void walk_keys(const ScoreParams& p, const ScoreItem&
     copy_async_wait<kStages - 2>();
     // Now this stage is here for all lanes, and none of them reads the one before, whose place is taken next.
     __syncwarp();
-    queue_stage<Keys>(p, item, keys, stages, (slot + kStages - 1) % kStages, lane);
+    queue_stage<Keys>(p, item, keys, stages, slot == 0 ? kStages - 1 : slot - 1, lane);
     if (line == 0) clear(c);
     multiply_line<Keys, MT>(p, queries, stages.lines + slot * kStageBytes, line, lane, c);
     const uint32_t present = stages.present[slot];
-    slot = (slot + 1) % kStages;
+    slot = slot + 1 == kStages ? 0 : slot + 1;
     if (++line < p.lines) continue;
     line = 0;
 
