@@ -68,12 +68,15 @@ class Backend:
         """Whether bad contents of tensors raise: on a GPU nothing is read on the host."""
         return self.device == "cpu"
 
-    def sized(self, full: T, small: T) -> T:
+    def sized(self, full: T, small: T, smallest: T | None = None) -> T:
         """`full`, or `small` where an interpreter or emulation would take too long: the one way in which tests differ.
 
-        (Beside it, its property tests draw fewer examples: see conftest.py.)
+        (Beside it, its property tests draw fewer examples: see conftest.py.) `smallest` is for Triton's interpreter
+        alone, by far the slower one.
         """
-        return small if self.interpreted else full
+        if not self.interpreted:
+            return full
+        return smallest if smallest is not None and self.name == "triton" else small
 
     def require(self) -> None:
         """Skip with the backend's own reason; a backend that must be there fails instead."""

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import torch
 from grid import Backend
+from layouts import place
 
 import specprefill_kernels as spk
 
@@ -65,15 +66,18 @@ def check_width(selection: spk.Selection, max_len: int, budget: oracle.Budget, p
     assert plain <= width <= max(plain, min(max_len, sum(spans) * budget.chunk_size))
 
 
-def selection_of(rows: Sequence[Sequence[int]], width: int | None = None, device: str = "cpu") -> spk.Selection:
-    """A selection made by hand: kept positions of each sequence."""
+def selection_of(
+    rows: Sequence[Sequence[int]], width: int | None = None, device: str = "cpu", room: int = 0
+) -> spk.Selection:
+    """A selection made by hand: kept positions of each sequence; ``room`` columns of rubbish lie between its rows."""
     width = width or max(1, *(len(row) for row in rows))
-    indices = torch.full((len(rows), width), -1, dtype=torch.int32)
+    indices = torch.full((len(rows), width + room), 2**30, dtype=torch.int32)[:, :width]
+    indices[:] = -1
     for b, row in enumerate(rows):
         indices[b, : len(row)] = torch.tensor(list(row), dtype=torch.int32)
     num_kept = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     overflow = torch.zeros(len(rows), dtype=torch.bool)
-    return spk.Selection(indices.to(device), num_kept.to(device), overflow.to(device))
+    return spk.Selection(place(indices, device), num_kept.to(device), overflow.to(device))
 
 
 def random_rows(seq_lens: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -203,3 +203,11 @@ def test_wide_heads(backend, layout):
     rows = [[0, 6], [2]]
     out, _ = run(backend, layout, key, value, selection_of(rows, device=backend.device))
     check_output(out, layout, tokens, rows)
+
+
+def test_a_selection_may_be_the_first_columns_of_a_wider_one(backend):
+    keys, values = sequences(seed=1), sequences(seed=2)
+    key, value = caches("bhtd", keys, values)
+    out = run(backend, "bhtd", key, value, selection_of(ROWS, device=backend.device, room=20))
+    for buffer, tokens in zip(out, (keys, values), strict=True):
+        check_output(buffer, "bhtd", tokens, ROWS)

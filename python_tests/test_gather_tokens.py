@@ -49,9 +49,9 @@ def expected_rows(x: torch.Tensor, rows, token_dim: int, starts=None) -> torch.T
     return torch.cat(parts, dim=axis)
 
 
-def check(backend, x, rows, *, token_dim=1, starts=None, width=None) -> spk.Packed:
+def check(backend, x, rows, *, token_dim=1, starts=None, width=None, room=0) -> spk.Packed:
     """Values, positions and offsets against copying token by token; zeros behind."""
-    selection = selection_of(rows, width, backend.device)
+    selection = selection_of(rows, width, backend.device, room)
     cu_seqlens = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=backend.device)
     given = place(x, backend.device)
     packed = spk.gather_tokens(given, selection, token_dim=token_dim, cu_seqlens=cu_seqlens, backend=backend.name)
@@ -203,3 +203,21 @@ def test_complex_values(backend, dtype):
     x = torch.randn(2, 9, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(backend.device).conj()
     packed = spk.gather_tokens(x, selection_of([[0, 8], [3]], device=backend.device), backend=backend.name)
     assert torch.equal(packed.values[:3].cpu(), torch.stack([x[0, 0], x[0, 8], x[1, 3]]).cpu())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["slices", "sequences", "tokens"])
+def test_the_widest_word_divides_every_stride(backend, axis):
+    """All but one of them are multiples of 16 bytes, as the row and its address are."""
+    strides = [4096, 1024, 16, 1]
+    strides[axis] += 1
+    check(backend, values_of(torch.int32, 16384).as_strided((2, 3, 40, 4), strides), ROWS, token_dim=2)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (3, 40, 6)], ids=str)
+def test_a_selection_may_be_the_first_columns_of_a_wider_one(backend, shape):
+    check(backend, values_of(torch.int32, *shape), ROWS, room=20)
+
+
+@pytest.mark.parametrize(("shape", "token_dim"), [((0, 3, 40), 2), ((3, 40, 0), 1), ((3, 40, 3, 0), 1)], ids=str)
+def test_no_values_have_positions_all_the_same(backend, shape, token_dim):
+    check(backend, torch.zeros(shape), ROWS, token_dim=token_dim)
