@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from grid import on_backends, same
-from layouts import LAYOUTS, STRIDES, lay_out, place, restride
+from layouts import LAYOUTS, STRIDES, lay_out, place, poison, restride
 from properties import given, st
 from scoring import BF16, E4M3, E5M2, FP16, FP32, Case, assert_close, check, draw
 
@@ -71,6 +71,19 @@ def test_narrow_keys_in_every_layout(backend, layout, dtype):
 @pytest.mark.parametrize("head_dim", [1, 2, 7, 16, 40, 64, 65, 80, 96, 128, 192, 256])
 def test_head_dims(backend, head_dim, dtype):
     check(Case(head_dim=head_dim, dtypes=(dtype, dtype), seq_lens=(37, 12)), backend)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, E4M3], ids=str)
+@pytest.mark.parametrize("head_dim", [5, 7, 13, 31, 37])
+def test_rows_of_keys_and_queries_padded_to_whole_words(backend, head_dim, dtype):
+    """What lies between the head dimension and the next row is no number, and nothing of it counts."""
+    problem = draw(Case(head_dim=head_dim, dtypes=(BF16, dtype)))
+    padded = {}
+    for name in ("query", "key"):
+        tensor = problem.arguments()[name]
+        view = poison(*tensor.shape[:-1], 64, dtype=tensor.dtype)[..., :head_dim]
+        padded[name] = place(view.copy_(tensor), backend.device)
+    assert_close(problem.run(backend, **padded), problem.expected())
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (3, 3), (6, 2), (8, 2), (8, 1), (9, 3), (14, 2), (16, 16)], ids=str)

@@ -182,3 +182,13 @@ def test_a_workspace_holds_the_sums_of_look_ahead_keys(backend, length):
     same(
         run_layers(layers_of(case), backend, workspace=a_workspace(case, backend)), run_layers(layers_of(case), backend)
     )
+
+
+def test_a_workspace_holds_the_sums_of_look_ahead_keys_of_small_groups(backend):
+    """One head of queries a KV head: a tile's rows are mostly spare, and the size has nothing else to give."""
+    options = {"normalize_over": "visible"}
+    heads = backend.sized(16, 16, 2)
+    case = Case(seq_lens=(512,), look_ahead=8, heads=(heads, heads), head_dim=16, options=options)
+    same(
+        run_layers(layers_of(case), backend, workspace=a_workspace(case, backend)), run_layers(layers_of(case), backend)
+    )

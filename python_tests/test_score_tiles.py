@@ -131,7 +131,8 @@ def test_a_long_sequence_alone_equals_the_same_in_a_batch(backend):
 
 def test_many_stretches_join(backend):
     """More than are joined at once; the largest logit comes last, so that all sums before it are rescaled."""
-    problem = draw(LONG.but(seq_lens=(backend.sized(35000, 9000), 300), heads=(1, 1), look_ahead=1))
+    length = backend.sized(35000, 17000, 9000)  # 17000: 34 sums for the 32 lanes of a warp
+    problem = draw(LONG.but(seq_lens=(length, 300), heads=(1, 1), look_ahead=1))
     for b in range(2):
         problem.keys[b][-1, 0] = problem.query[b, 0, 0]
     assert_close(problem.run(backend), problem.expected())
@@ -146,3 +147,33 @@ def test_look_ahead_keys_in_a_stretch_of_their_own(backend, lengths):
 @pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
 def test_windows_that_begin_around_a_tile_boundary(backend, queries, window):
     check(LONG.but(seq_lens=(250, 253), look_ahead=3, options={"queries": queries, "window": window}), backend)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize_over": "visible"},
+        {"queries": "observation_window"},
+        {"queries": "observation_window", "window": 40},
+        {"window": 40},
+        {"window": 40, "normalize_over": "visible"},
+    ],
+    ids=str,
+)
+def test_masks_of_full_tiles_end_where_a_step_does(backend, options):
+    """Rows that fill all tiles need a mask only for the steps at the prompt's end and at the window's edge."""
+    lengths = tuple(range(64, 98))
+    lengths = backend.sized(lengths, lengths, (64, 65, 72, 80, 81, 95, 96, 97))
+    check(Case(seq_lens=lengths, look_ahead=4, heads=(4, 1), head_dim=16, options=options), backend)
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize(
+    ("look_ahead", "heads", "rows"),
+    [(4, (3, 1), None), (3, (4, 1), None), (4, (4, 1), (2,)), (4, (4, 1), (3,)), (8, (3, 1), None), (12, (2, 1), None)],
+    ids=str,
+)
+def test_rows_that_a_tile_has_to_spare_weigh_nothing(backend, look_ahead, heads, rows, one_row):
+    """Also where all keys are seen, and no other row needs a mask."""
+    case = Case(seq_lens=(150,), rows=rows, look_ahead=look_ahead, heads=heads, head_dim=16, one_row=one_row)
+    check(case, backend)
