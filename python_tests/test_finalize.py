@@ -25,19 +25,25 @@ def a_state(seq_lens, rows, look_ahead, width, seed=0):
     return state
 
 
-def compare(backend, seq_lens, rows, look_ahead, width, seed=0, strides="plain", **options):
-    state = a_state(seq_lens, rows, look_ahead, width, seed)
+def check(backend, state, seq_lens, rows, **options):
+    """A state, in whatever strides it has, against the oracle."""
     lengths, valid = (torch.tensor(x, dtype=torch.int32, device=backend.device) for x in (seq_lens, rows))
-    given = place(restride(state, strides), backend.device)
+    given = place(state, backend.device)
     actual = spk.finalize_importance(given, lengths, valid, backend=backend.name, **options).cpu()
     expected = oracle.finalize_importance(state.numpy(), seq_lens, rows, **options)
     assert actual.dtype == torch.float32
-    assert actual.shape == (len(seq_lens), width)
+    assert actual.shape == (len(seq_lens), state.shape[2])
     np.testing.assert_allclose(actual.numpy(), expected, rtol=2e-6, atol=1e-12)
     if options.get("reduce") == "max" and "pool_kernel_size" not in options:
         same(actual, torch.from_numpy(expected).float())
-    same(given.cpu().contiguous(), state, "the state is an input")
+    same(given, state, "the state is an input")
     return actual
+
+
+def compare(backend, seq_lens, rows, look_ahead, width, seed=0, strides="plain", **options):
+    return check(
+        backend, restride(a_state(seq_lens, rows, look_ahead, width, seed), strides), seq_lens, rows, **options
+    )
 
 
 SHAPES = [
@@ -126,3 +132,17 @@ def test_random_states(backend, data):
         options["pool_edge"] = data.draw(st.sampled_from(["zero", "valid"]), "edge")
     width = max(seq_lens) + data.draw(st.integers(0, 9), "wider")
     compare(backend, seq_lens, rows, look_ahead, width, seed=data.draw(st.integers(0, 99), "seed"), **options)
+
+
+def test_every_second_token_of_an_aligned_state(backend):
+    """Its addresses are those of whole words, but its neighbours do not belong to it."""
+    state = torch.full((2, 4, 128), float("nan"))[..., ::2]
+    check(backend, state.copy_(a_state((64, 64), (4, 4), 4, 64)), (64, 64), (4, 4))
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_kernel_size": 3}], ids=str)
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_that_do_not_count_are_not_taken_for_zeros(backend, pool, step):
+    """A zero would be the largest of a state that is all negative."""
+    state = -torch.rand(2, 5, 128, generator=torch.Generator().manual_seed(0))[..., ::step]
+    check(backend, state, (state.shape[2],) * 2, (1, 3), reduce="max", **pool)

@@ -278,3 +278,10 @@ def test_a_mass_that_rounding_carries_beyond_the_sum(backend, mass, kept):
     """The product of fraction and total, in fp64, is above the sum of the chunks that hold it."""
     selection = compare(backend, torch.full((1, 100), 0.1), keep_mass=mass, chunk_size=1)
     assert selection.num_kept.tolist() == [kept]
+
+
+def test_what_lies_behind_the_end_of_a_long_chunk_protects_nothing(backend):
+    importance = ramp(2, 9000)
+    importance[:, 6000:] *= 0.01
+    protect = torch.zeros(2, 9000, dtype=torch.bool)
+    compare(backend, importance, (7000, 3001), protect=protect, chunk_size=3000, keep_tokens=3000)

@@ -75,3 +75,27 @@ def test_a_state_of_one_row(backend):
     result = spk.select_tokens(one, ids, lengths, reduce="max", keep_ratio=0.3, backend=backend.name)
     for b, length in enumerate(SEQ_LENS):
         same(result.importance[b, :length], one[b, 0, :length])
+
+
+def test_a_large_batch(backend):
+    """More sequences than a block has threads."""
+    batch = backend.sized(600, 600, 40)
+    state = torch.rand(batch, 1, 12, generator=torch.Generator().manual_seed(0))
+    ids, lengths = torch.arange(batch * 12).view(batch, 12), torch.arange(batch, dtype=torch.int32) % 12 + 1
+    given, budget = (state, ids, lengths), {"keep_ratio": 0.5, "chunk_size": 3}
+    packed = spk.select_tokens(*(x.to(backend.device) for x in given), **budget, backend=backend.name).packed
+    expected = spk.select_tokens(*given, **budget, backend="reference").packed
+    same(packed.cu_seqlens, expected.cu_seqlens)
+    same(packed.values, expected.values)
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+def test_a_block_packs_tile_after_tile(backend, monkeypatch, processors):
+    """Rows so wide that there are more tiles than blocks, on a small device."""
+    monkeypatch.setenv("SPECPREFILL_EMULATION_DEVICE", f"{processors}:227:90")
+    random = torch.Generator().manual_seed(0)
+    state, x = torch.rand(2, 4, 90, generator=random), torch.randn(2, 90, 2100, generator=random)
+    given = (y.to(backend.device) for y in (state, x, torch.tensor([90, 50], dtype=torch.int32)))
+    packed, selection, _ = spk.select_tokens(*given, keep_ratio=0.5, chunk_size=4, backend=backend.name)
+    expected = spk.gather_tokens(x, spk.Selection(*(part.cpu() for part in selection)), backend="reference")
+    same(packed.values, expected.values)
