@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import gpu
 import torch
 from bad_input import (
     INF,
@@ -16,7 +19,7 @@ from bad_input import (
     tensor_table,
     to,
 )
-from calls import KEPT, ROWS
+from calls import CALLS, KEPT, ROWS
 from selecting import selection_of
 
 FINALIZE = [
@@ -196,3 +199,21 @@ TOKENS = [
     Bad("tokens", "NaN in the state", {"state": planted(NAN, 0, 0, 0)}, "state[0, 0, 0]", "nan", values=True),
     Bad("tokens", "protect too long", {"protect": torch.ones(2, 21, dtype=torch.bool)}, "protect", r"\[2, 21\]"),
 ]
+
+
+GATHERS = ["kv", "kv packed", "kv paged", "kv out", "kv paged out", "gather", "gather packed"]
+WILD_COUNTS = [(-1, 10**6), (2**31 - 1, 2), (3, 3)]
+
+
+def gather_anything(name: str, kept: tuple[int, int], backend: str, device: str = "cpu") -> list[Callable[[], bool]]:
+    """Gather positions and counts that nothing could have selected; the questions ask what lies around the outputs."""
+    arguments = CALLS[name].arguments(device)
+    indices = torch.tensor([[2**31 - 1, -7, 5], [-(2**31), 10**6, 3]], dtype=torch.int32, device=device)
+    counts = torch.tensor(kept, dtype=torch.int32, device=device)
+    arguments["selection"] = arguments["selection"]._replace(indices=indices, num_kept=counts)
+    guards = []
+    if "out" in arguments:
+        pairs = [gpu.guarded(tensor) for tensor in arguments["out"]]
+        arguments["out"], guards = tuple(view for view, _ in pairs), [guard for _, guard in pairs]
+    CALLS[name].function(**arguments, backend=backend)
+    return guards

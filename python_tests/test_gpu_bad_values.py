@@ -8,6 +8,7 @@ from __future__ import annotations
 import gpu
 import pytest
 import torch
+from bad_selections import GATHERS, WILD_COUNTS, gather_anything
 from calls import CALLS, LENGTH, score
 from grid import on_gpu_backends
 from test_checks import TABLE, apply, placed_all
@@ -89,19 +90,10 @@ def test_the_tail_with_any_lengths(backend, lengths, budget):
 
 
 @on_gpu_backends("gather_kv")
-@pytest.mark.parametrize("name", ["kv", "kv packed", "kv paged", "kv out", "kv paged out", "gather", "gather packed"])
-@pytest.mark.parametrize("kept", [(-1, 10**6), (2**31 - 1, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("name", GATHERS)
+@pytest.mark.parametrize("kept", WILD_COUNTS, ids=str)
 def test_any_selection(backend, name, kept):
-    """Positions and counts that nothing could have selected."""
-    arguments = placed_all(CALLS[name].arguments(), "cuda")
-    indices = torch.tensor([[2**31 - 1, -7, 5], [-(2**31), 10**6, 3]], dtype=torch.int32, device="cuda")
-    counts = torch.tensor(kept, dtype=torch.int32, device="cuda")
-    arguments["selection"] = arguments["selection"]._replace(indices=indices, num_kept=counts)
-    guards = []
-    if "out" in arguments:
-        pairs = [gpu.guarded(tensor) for tensor in arguments["out"]]
-        arguments["out"], guards = tuple(view for view, _ in pairs), [guard for _, guard in pairs]
-    CALLS[name].function(**arguments, backend=backend.name)
+    guards = gather_anything(name, kept, backend.name, "cuda")
     torch.cuda.synchronize()
     assert all(guard() for guard in guards)
 

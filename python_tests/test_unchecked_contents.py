@@ -10,6 +10,7 @@ import importlib
 
 import pytest
 import torch
+from bad_selections import GATHERS, WILD_COUNTS, gather_anything
 from grid import EMULATED, INTERPRETED
 
 import specprefill_kernels as spk
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROWS, HEADS, DIM = 4, 2, 16
+NAN = float("nan")
 
 
 @pytest.fixture(
@@ -35,9 +37,18 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def int32(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def selection_of(*positions: int) -> spk.Selection:
+    """Of one sequence."""
+    return spk.Selection(int32(positions), int32(len(positions)), torch.zeros(1, dtype=torch.bool))
+
+
 def test_no_key_is_read_behind_an_empty_slot(backend):
     """The padding of a packed batch: no prompt, so no look-ahead keys behind it either."""
-    buffer = torch.full((40, 1, DIM), float("nan"))
+    buffer = torch.full((40, 1, DIM), NAN)
     buffer[:20] = random(20, 1, DIM)
     workspace = torch.zeros(1 << 20, dtype=torch.uint8)
     state = spk.score_layer_(
@@ -111,7 +122,7 @@ def test_nothing_of_an_empty_slot_is_kept(backend, budget, guarded):
 def test_weights_that_are_not_finite_stay_inside_the_prompt(backend, lse, state_rows, length):
     """A kernel pools more positions than there are; what it has of the others is dropped, NaN too."""
     key = random(1, HEADS, length, DIM)
-    key[0, 0, -1] = float("nan")
+    key[0, 0, -1] = NAN
     before = torch.full((1, state_rows, length + 40), -7.5)
     before[:, :, :length] = 0
     state = spk.score_layer_(
@@ -124,3 +135,142 @@ def test_weights_that_are_not_finite_stay_inside_the_prompt(backend, lse, state_
     )
     assert state[:, :, length - 1].isnan().all()
     assert (state[:, :, length:] == -7.5).all()
+
+
+def test_a_packed_sequence_ends_with_its_buffer(backend):
+    """Where cu_seqlens says more: no key lies there."""
+    buffer = torch.full((60, 1, DIM), NAN)
+    buffer[:20] = random(20, 1, DIM)
+    query, key = random(1, ROWS, HEADS, DIM), buffer[:20]
+    tables = {"layout": "packed", "cu_seqlens": int32(0, 40)}
+    state = spk.score_layer_(spk.new_state(1, ROWS, 40), query, key, **tables, backend=backend)
+    dense = key.movedim(0, 1)[None]
+    expected = spk.score_layer_(spk.new_state(1, ROWS, 20), query, dense, backend="reference")
+    torch.testing.assert_close(state[:, :, :20], expected, rtol=1e-4, atol=1e-7)
+    assert (state[:, :, 20:] == 0).all()
+
+
+def test_a_prompt_leaves_room_for_its_look_ahead_keys(backend):
+    """A length that does not is as good as the largest that does."""
+    buffer = torch.full((1, 1, 40, DIM), NAN)
+    buffer[:, :, :24] = random(1, 1, 24, DIM)
+    state, expected = (
+        spk.score_layer_(
+            spk.new_state(1, ROWS, 24),
+            random(1, ROWS, HEADS, DIM),
+            buffer[:, :, :24],
+            seq_lens=int32(length),
+            normalize_over="visible",
+            backend=name,
+        )
+        for name, length in ((backend, 24), ("reference", 25 - ROWS))
+    )
+    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_layers_may_differ_in_the_blocks_of_their_caches(backend):
+    """A block that one layer's cache has is not there in another's."""
+    query, keys = random(1, ROWS, HEADS, DIM), torch.full((12, 8, 1, DIM), NAN)
+    keys[:4] = random(4, 8, 1, DIM)
+    caches = [random(12, 8, 1, DIM), keys[:4]]
+    given = {"layout": "paged_nhd", "block_table": int32([0, 7, 2]), "seq_lens": int32(24), "backend": backend}
+    state, expected = spk.new_state(1, ROWS, 24), spk.new_state(1, ROWS, 24)
+    spk.score_layers_(state, [query] * 2, caches, **given)
+    for cache in caches:
+        spk.score_layer_(expected, query, cache, **given)
+    assert torch.equal(state, expected)
+    assert state.isfinite().all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_nan_of_either_sign_stays_in_the_state(backend, sign):
+    if backend == "triton" and sign < 0:
+        # Its kernel takes the maximum of the bits as signed integers: any score is above a NaN with a sign.
+        pytest.skip("Triton's kernel loses a NaN with a sign")
+    state = spk.new_state(1, ROWS, 30)
+    state[0, 1, 3] = torch.tensor(NAN).copysign(torch.tensor(sign))
+    spk.score_layer_(state, random(1, ROWS, HEADS, DIM), random(1, HEADS, 30, DIM), backend=backend)
+    assert state.isnan().nonzero().tolist() == [[0, 1, 3]]
+
+
+def test_one_row_counts_at_least(backend):
+    state = random(2, ROWS, 64).abs()
+    importance = spk.finalize_importance(state, None, int32(0, -3), backend=backend)
+    assert torch.equal(importance, state[:, 0])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_ranks_above_everything(backend, sign):
+    """As in torch.topk: what is not a number is kept, so that it is seen."""
+    importance = random(2, 1000).abs() * 1e30
+    importance[0, 707] = torch.tensor(NAN).copysign(torch.tensor(sign))
+    importance[1, 3] = float("inf")
+    selection = spk.select_chunks(importance, keep_tokens=10, chunk_size=10, backend=backend)
+    assert selection.spans(0) == [(700, 710)]
+    assert selection.spans(1) == [(0, 10)]
+
+
+@pytest.mark.parametrize("budget", [{"keep_tokens": 10}, {"keep_ratio": 0.1}], ids=str)
+def test_nan_is_not_protected(backend, budget):
+    """It ranks above all numbers, but pays like them: the first of it, and no overflow."""
+    importance = random(1, 100).abs()
+    importance[0, 30:60] = NAN
+    selection = spk.select_chunks(importance, chunk_size=10, backend=backend, **budget)
+    assert selection.spans(0) == [(30, 40)]
+    assert not selection.overflow.any()
+
+
+@pytest.mark.parametrize("name", GATHERS)
+@pytest.mark.parametrize("kept", WILD_COUNTS, ids=str)
+def test_any_selection(backend, name, kept):
+    assert all(guard() for guard in gather_anything(name, kept, backend))
+
+
+@pytest.mark.parametrize("last", [12, 20, 10**6])
+@pytest.mark.parametrize("layout", ["bhtd", "packed", "paged_nhd"])
+def test_tokens_behind_a_cache_are_zeros(backend, layout, last):
+    shape, part, tables = {
+        "bhtd": ((1, 2, 20, 16), (..., slice(12), slice(None)), {}),
+        "packed": ((20, 2, 16), slice(12), {"cu_seqlens": int32(0, 20)}),
+        "paged_nhd": ((5, 4, 2, 16), slice(3), {"block_table": int32([0, 1, 2, 3])}),
+    }[layout]
+    cache = torch.full(shape, NAN)[part]
+    cache.copy_(random(*cache.shape))
+    new, _ = spk.gather_kv(cache, cache, selection_of(3, last), layout=layout, backend=backend, **tables)
+    token = new[0, :, 1] if layout == "bhtd" else new.view(-1, 2, 16)[1]
+    assert (token == 0).all()
+
+
+def test_a_cache_ends_where_its_block_table_does(backend):
+    """What the table's memory holds behind it are no blocks."""
+    cache = random(3, 4, 2, 16)
+    table = int32([0, 1, 2, 1, 0, 0])[:, :3]
+    new, _ = spk.gather_kv(cache, cache, selection_of(3, 12), layout="paged_nhd", block_table=table, backend=backend)
+    assert torch.equal(new.view(-1, 2, 16)[0], cache[0, 3])
+    assert (new.view(-1, 2, 16)[1] == 0).all()
+
+
+def test_a_packed_sequence_that_starts_before_its_cache_is_not_there(backend):
+    cache = random(20, 2, 16)[8:]
+    given = {"layout": "packed", "cu_seqlens": int32(-4, 12), "backend": backend}
+    new, _ = spk.gather_kv(cache, cache, selection_of(2, 6), **given)
+    assert (new == 0).all()
+
+
+def test_slots_of_a_block_that_is_not_there_are_not_written(backend):
+    cache, out = random(3, 4, 2, 16), torch.full((3, 4, 2, 16), 7.0)
+    tables = {"layout": "paged_nhd", "block_table": int32([0, 1, 2]), "out_block_table": int32([1, 99])}
+    spk.gather_kv(cache, cache, selection_of(0, 1, 2, 3, 4), out=(out, out.clone()), **tables, backend=backend)
+    assert torch.equal(out[1], cache[0])
+    assert (out[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("last", [12, 20, 10**6])
+@pytest.mark.parametrize("start", [None, 0, -4])
+def test_tokens_behind_x_are_zeros(backend, start, last):
+    """Of a dense x, of a packed one, and all of a sequence that starts before it."""
+    buffer = torch.full((44,), 99)
+    x = buffer[20:32].copy_(torch.arange(12))
+    given = {"x": x[None]} if start is None else {"x": x, "cu_seqlens": int32(start, 20)}
+    packed = spk.gather_tokens(selection=selection_of(3, last), backend=backend, **given)
+    assert packed.values.tolist() == ([0, 0] if start == -4 else [3, 0])
