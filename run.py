@@ -55,7 +55,7 @@ CUDA_PACKAGES = ("nvidia-", "cuda-")
 # thread that their spinning keeps from running: seven tokens of a 135M model took 12 s, and 0.5 s when they sleep.
 QUIET_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-CPP_SUFFIXES = (".c", ".cpp", ".h", ".cu", ".cuh", ".cmake")
+CPP_SUFFIXES = (".c", ".cpp", ".h", ".cu", ".cuh")
 
 
 class SetupError(Exception):
@@ -187,7 +187,7 @@ def install_torch() -> None:
 def source_files() -> Iterable[Path]:
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "run.py"):
         yield ROOT / name
-    yield from sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in CPP_SUFFIXES)
+    yield from sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (*CPP_SUFFIXES, ".cmake"))
 
 
 def fingerprint() -> str:
