@@ -93,8 +93,8 @@ struct ScoreParams {
 // ---- jobs ----
 //
 // Both passes are in one launch. Sum jobs (first pass) come in the order of their items; the pool jobs (second pass) of
-// an item follow `lead` sum jobs behind its own last one, about as many as run at a time, so that they rarely wait, and
-// soon enough to find its keys in the second-level cache, the last ones first.
+// an item follow `lead` sum jobs behind its own last one, half as many as run at a time: so that they seldom wait, and
+// soon enough to find its keys in the second-level cache, the last ones first. Neither has been measured yet.
 
 struct ScoreJobs {
   uint32_t sums, pools;  // of an item
