@@ -16,11 +16,6 @@ namespace specprefill {
 struct Weights {
   uint32_t high[4], low[4];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) high[i] = low[i] = 0;
-  }
-
   // From blocks j and j + 1 of eight keys.
   template <int MT>
   __device__ __forceinline__ void take(const Tile<MT>& c, int j, int m) {
@@ -63,8 +58,8 @@ __device__ __forceinline__ void take_weights(const float (&norms)[MT][2], Tile<M
 
 // ---- the state ----
 
-// Where `value` is not below what was there: the larger of both, by their bits, whose order is that of numbers that are
-// not negative. NaN stays.
+// The larger of `value` and what is there, by their bits, whose order is that of numbers that are not negative. NaN
+// stays.
 __device__ __forceinline__ void raise_to(float* state, float before, float value) {
   if (before != before) return;
   atomicMax(reinterpret_cast<int*>(state), value != value ? 0x7fffffff : __float_as_int(value));

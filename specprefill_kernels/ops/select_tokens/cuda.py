@@ -1,4 +1,4 @@
-"""The composite on the CUDA kernels: one call of the compiled module (csrc/select_tokens)."""
+"""The composite on the CUDA kernels: one call of the compiled module, one launch (csrc/select)."""
 
 from torch import Tensor
 
