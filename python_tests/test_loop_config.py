@@ -43,6 +43,11 @@ from specprefill_kernels import SpecPrefillConfig, select_chunks
         ("tail", -1),
         ("min_prompt_tokens", -1),
         ("backend", "gpu"),
+        ("observation_rows", 0),
+        ("prefill_chunk", 0),
+        ("prefill_chunk", "all"),
+        ("protect", "system"),
+        ("turn_end_tokens", -1),
     ],
 )
 def test_a_wrong_field_is_named(field, value):
@@ -68,7 +73,7 @@ def test_frozen():
 
 
 def test_presets():
-    assert SpecPrefillConfig.preset("paper") == SpecPrefillConfig()
+    assert SpecPrefillConfig.preset("paper") == SpecPrefillConfig(protect="none")
     assert SpecPrefillConfig.preset("pflash").queries == "observation_window"
     assert SpecPrefillConfig.preset("llama_cpp", keep_ratio=0.5).keep_ratio == 0.5
     with pytest.raises(ValueError, match=r"^name: expected one of"):

@@ -1,6 +1,7 @@
 """SpecPrefillConfig: every choice that known implementations of speculative prefill make differently, in one place.
 
-The defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789).
+The scoring defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789); the paper protects nothing, and here a
+chat template's parts survive by default.
 """
 
 from collections.abc import Mapping
@@ -16,16 +17,18 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pool_order": ("before_max", "after_max"),
         "reduce": ("mean", "max"),
         "rounding": ("ceil", "floor"),
-        "queries": ("look_ahead", "observation_window"),
+        "queries": ("look_ahead", "observation_window", "both"),
         "normalize_over": ("prompt", "visible"),
         "window": ("mask", "skip"),
+        "protect": ("template", "none"),
         "backend": ("auto", "reference", "cpu", "triton", "cuda"),
     }
 )
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "paper": MappingProxyType({}),
+        # The published algorithm protects nothing.
+        "paper": MappingProxyType({"protect": "none"}),
         # Luce PFlash: one pass over the prompt and no decoding, the last 8 prompt rows (each causal) as queries, scores
         # smoothed after the maximum and divided by the tokens inside the prompt, a budget rounded down. The head and
         # tail chunks that it forces shrink with the budget, which `sink` and `tail` never do: set those yourself.
@@ -36,11 +39,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "pool_order": "after_max",
                 "pool_edge": "valid",
                 "rounding": "floor",
+                "protect": "none",
             }
         ),
         # llama.cpp (pull request 27692): reads the softmax the model computed, which also ran over the look-ahead
         # tokens, and always keeps BOS and the prompt's last token.
-        "llama_cpp": MappingProxyType({"normalize_over": "visible", "sink": 1, "tail": 1}),
+        "llama_cpp": MappingProxyType({"normalize_over": "visible", "sink": 1, "tail": 1, "protect": "none"}),
     }
 )
 
@@ -60,11 +64,18 @@ class SpecPrefillConfig:
         pool_order: "before_max" pools each head's probabilities, "after_max" pools the maximum.
         reduce: "mean" or "max" over look-ahead rows.
         rounding: "ceil" or "floor" of the budget in chunks.
-        queries: "look_ahead" decodes N - 1 tokens; "observation_window" takes the last N prompt rows, with no decoding.
+        queries: "look_ahead" decodes N - 1 tokens; "observation_window" takes the last N prompt rows, with no decoding;
+            "both" takes the last `observation_rows` prompt rows and the N - 1 decoded tokens.
+        observation_rows: prompt rows of queries="both".
         normalize_over: "prompt" normalizes over prompt keys only, "visible" over all keys that the row saw.
         score_layers: indices of the layers to score; None for all. Negative indices count from the last layer.
         window: sliding-window layers are scored within their window ("mask"), or left out where the window is shorter
             than the prompt ("skip").
+        prefill_chunk: prompt tokens that the speculator reads in one forward; None reads all at once. Bounds the memory
+            of activations, which grows with it and not with the prompt.
+        protect: "template" keeps what a chat template stands for: system prompt, tool definitions, role markers and the
+            end of the last user turn. "none" keeps only what a call's own `protect` names.
+        turn_end_tokens: with protect="template", at most so many last tokens of the last user turn.
         sink: first tokens that are always kept.
         tail: last tokens that are always kept.
         min_prompt_tokens: shorter prompts run dense; a prompt of a few chunks has nothing to gain.
@@ -91,17 +102,23 @@ class SpecPrefillConfig:
     queries: str = "look_ahead"
     normalize_over: str = "prompt"
     score_layers: tuple[int, ...] | None = None
+    observation_rows: int = 32
     window: str = "mask"
+    prefill_chunk: int | None = 4096
+    protect: str = "template"
+    turn_end_tokens: int = 64
     sink: int = 0
     tail: int = 0
     min_prompt_tokens: int = 256
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("look_ahead", "chunk_size", "pool_kernel_size"):
+        for name in ("look_ahead", "chunk_size", "pool_kernel_size", "observation_rows"):
             _integer(name, getattr(self, name), 1)
-        for name in ("sink", "tail", "min_prompt_tokens"):
+        for name in ("sink", "tail", "min_prompt_tokens", "turn_end_tokens"):
             _integer(name, getattr(self, name), 0)
+        if self.prefill_chunk is not None:
+            _integer("prefill_chunk", self.prefill_chunk, 1)
         if self.pool_kernel_size % 2 == 0:
             _fail("pool_kernel_size", "an odd number (a centred window)", self.pool_kernel_size)
         for name, options in CHOICES.items():
