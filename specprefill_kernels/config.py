@@ -1,7 +1,7 @@
 """SpecPrefillConfig: every choice that known implementations of speculative prefill make differently, in one place.
 
-The scoring defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789); the paper protects nothing, and here a
-chat template's parts survive by default.
+The scoring defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789). The paper protects nothing; here the
+parts of a chat template survive by default.
 """
 
 from collections.abc import Mapping

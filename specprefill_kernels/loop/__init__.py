@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
         "specprefill_kernels.loop needs Transformers: pip install 'specprefill-kernels[loop]'", name="transformers"
     ) from None
 
-from specprefill_kernels.loop.pipeline import SpecPrefill, TokenStream
+from specprefill_kernels.loop.generation import TokenStream
+from specprefill_kernels.loop.pipeline import SpecPrefill
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
 
 __all__ = ["GenerationResult", "PromptSelection", "SpecPrefill", "TokenStream"]

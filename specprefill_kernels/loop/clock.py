@@ -8,21 +8,41 @@ import torch
 
 
 class StageClock:
-    """Adds up the seconds of named stages, in the order in which they first ran."""
+    """Adds up the seconds of named stages, in the order in which they first ran.
+
+    A stage inside another one takes its seconds away from it, so that the stages add up to the time that passed.
+    """
 
     def __init__(self, *devices: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._cuda = sorted({device for device in devices if device.type == "cuda"}, key=str)
+        self._running: list[str] = []
+        self._since = 0.0
 
     def _now(self) -> float:
         for device in self._cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    def _charge(self) -> None:
+        """What passed since the last call goes to the innermost stage."""
+        now = self._now()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = self._now()
+        self._charge()
+        self._running.append(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+            self._charge()
+            self._running.pop()
+
+    def switch(self, name: str) -> None:
+        """From here to its end the innermost stage is another one: for a forward that does two stages' work."""
+        self._charge()
+        self._running[-1] = name

@@ -1,18 +1,14 @@
 """SpecPrefill: the whole path, from a prompt to an answer whose first token comes early."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.clock import StageClock
-from specprefill_kernels.loop.decoding import PieceDecoder, decode, plan_decoding
-from specprefill_kernels.loop.plain import generate_plainly
-from specprefill_kernels.loop.prefill import BaseRun
+from specprefill_kernels.loop.generation import Generation, TokenStream
 from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens, spans_of
-from specprefill_kernels.loop.results import GenerationResult, PromptSelection
+from specprefill_kernels.loop.results import PromptSelection
 from specprefill_kernels.loop.selecting import Selector
 from specprefill_kernels.loop.speculator import Speculator
 from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
@@ -92,7 +88,7 @@ class SpecPrefill:
         self.config = config
         self.tokenizer = tokenizer
         self._devices = (base.device, scorer.device)
-        self._selector = Selector(
+        self.selector = Selector(
             None if problem is not None else Speculator(scorer, config, layer_range),
             bridge,
             config,
@@ -116,7 +112,9 @@ class SpecPrefill:
         if is_batch(prompt):
             spans = _protect_each(protect, len(prompt))
             return [self.select(one, keep, template_options=template_options) for one, keep in zip(prompt, spans)]
-        return self._select(prompt, protect, template_options, StageClock(*self._devices))[1]
+        clock = StageClock(*self._devices)
+        read, protection = self.read(prompt, protect, template_options, clock)
+        return self.selector.select(read, protection, clock)
 
     def generate(
         self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
@@ -139,14 +137,14 @@ class SpecPrefill:
                 self.generate(one, max_new_tokens, protect=keep, do_sample=do_sample, **options)
                 for one, keep in zip(prompt, spans)
             ]
-        run = _Generation(self, prompt, protect, max_new_tokens, do_sample, options)
+        run = Generation(self, prompt, protect, max_new_tokens, do_sample, options)
         for _ in run.tokens():
             pass
         return run.result()
 
     def stream(
         self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
-    ) -> "TokenStream":
+    ) -> TokenStream:
         """Answer one prompt piece by piece: an iterator of text, or of token ids when there is no tokenizer.
 
         Nothing runs before the first `next`. A piece is yielded as soon as its characters are complete, so the first
@@ -155,136 +153,18 @@ class SpecPrefill:
         """
         if is_batch(prompt):
             raise ValueError("prompt: expected one prompt to stream, got a list of prompts")
-        return TokenStream(_Generation(self, prompt, protect, max_new_tokens, do_sample, options), self.tokenizer)
+        return TokenStream(Generation(self, prompt, protect, max_new_tokens, do_sample, options), self.tokenizer)
 
-    def _select(
+    def read(
         self, prompt: Any, protect: Any, template_options: Mapping[str, Any] | None, clock: StageClock
-    ) -> tuple[Prompt, PromptSelection]:
+    ) -> tuple[Prompt, Any]:
+        """The prompt in the base's tokens, and what of it must survive."""
         with clock.stage("tokenize"):
             read = read_prompt(prompt, self.tokenizer, template_options)
             spans: list[Any] = []
             for item in protect or ():
                 spans.extend(spans_of(read, item, self.tokenizer) if isinstance(item, str) else [item])
-        return read, self._selector.select(read, spans, clock)
-
-
-class _Generation:
-    """One prompt on its way to an answer."""
-
-    def __init__(
-        self,
-        owner: SpecPrefill,
-        prompt: Any,
-        protect: Any,
-        max_new_tokens: int,
-        do_sample: bool,
-        options: dict[str, Any],
-    ) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
-        self._owner = owner
-        self._prompt = prompt
-        self._protect = protect
-        self._max_new_tokens = max_new_tokens
-        self._do_sample = do_sample
-        self._template_options = options.pop("template_options", None)
-        self._options = options
-        self._clock = StageClock(*owner._devices)
-        self._generated: list[int] = []
-        self._selection: PromptSelection | None = None
-
-    def tokens(self) -> Iterator[int]:
-        """Run, token by token. The caller's own time between two tokens is not counted."""
-        owner, clock = self._owner, self._clock
-        prompt, selection = owner._select(self._prompt, self._protect, self._template_options, clock)
-        self._selection = selection
-        base: Any = owner.base
-        with clock.stage("base_prefill"):
-            input_ids = prompt.input_ids.to(base.device)
-            tokens = self._start(input_ids, selection)
-            token = next(tokens)
-        while True:
-            self._generated.append(token)
-            yield token
-            with clock.stage("decode"):
-                following = next(tokens, None)
-            if following is None:
-                return
-            token = following
-
-    def _start(self, input_ids: Tensor, selection: PromptSelection) -> Iterator[int]:
-        """Prefill, and hand out the tokens that follow."""
-        owner, base = self._owner, self._owner.base
-        options = {
-            "max_new_tokens": self._max_new_tokens,
-            "do_sample": self._do_sample,
-            "tokenizer": owner.tokenizer,
-            **self._options,
-        }
-        if owner.base_problem is not None:
-            return generate_plainly(base, input_ids, **options)
-        plan = plan_decoding(base, input_ids, **options)
-        sparse = selection.mode == "sparse"
-        run = BaseRun(base, input_ids.shape[1], sparse=sparse, room=self._max_new_tokens)
-        kept = selection.kept_indices
-        logits = run.prefill(input_ids[:, kept] if sparse else input_ids, kept)
-        return decode(plan, input_ids, logits, run.step)
-
-    def result(self) -> GenerationResult:
-        selection = self._selection
-        if selection is None:
-            raise RuntimeError("the generation has not run yet")
-        tokenizer, seconds = self._owner.tokenizer, dict(self._clock.seconds)
-        text = "" if tokenizer is None else tokenizer.decode(self._generated, skip_special_tokens=True)
-        return GenerationResult(
-            text=text,
-            tokens=tuple(self._generated),
-            prompt_tokens=selection.prompt_tokens,
-            kept_tokens=selection.kept_tokens,
-            mode=selection.mode,
-            reason=selection.reason,
-            spans=selection.spans,
-            seconds=seconds,
-            ttft=sum(value for stage, value in seconds.items() if stage != "decode"),
-            backend=selection.backend,
-            selection=selection,
-        )
-
-
-class TokenStream(Iterator[Any]):
-    """Pieces of one answer as they come; see `SpecPrefill.stream`."""
-
-    def __init__(self, generation: _Generation, tokenizer: Any) -> None:
-        self._generation = generation
-        self._pieces = self._run(tokenizer)
-        self._finished = False
-
-    def _run(self, tokenizer: Any) -> Iterator[Any]:
-        if tokenizer is None:
-            yield from self._generation.tokens()
-        else:
-            pieces = PieceDecoder(tokenizer)
-            for token in self._generation.tokens():
-                piece = pieces.push(token)
-                if piece:
-                    yield piece
-            rest = pieces.flush()
-            if rest:
-                yield rest
-        self._finished = True
-
-    def __iter__(self) -> "TokenStream":
-        return self
-
-    def __next__(self) -> Any:
-        return next(self._pieces)
-
-    @property
-    def result(self) -> GenerationResult:
-        """The whole answer. Raises RuntimeError while pieces are still to come."""
-        if not self._finished:
-            raise RuntimeError("result: expected the stream to be read to its end first")
-        return self._generation.result()
+        return read, spans
 
 
 def _problem(base: Any, scorer: Any) -> str | None:

@@ -1,9 +1,15 @@
 """What the loop returns. Every result says how it was made: mode, reason, backend, and the seconds of each stage."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from specprefill_kernels.loop.costs import Prediction
 
 Span = tuple[int, int]
 
@@ -25,6 +31,11 @@ class PromptSelection:
         num_look_ahead: query rows that were scored, 0 when none were.
         look_ahead_tokens: the speculator's decoded tokens whose queries were scored.
         scored_layers: the layers whose attention was scored.
+        protected: what had to survive, as merged (start, end) token pairs.
+        layer_importance: [len(scored_layers), T] fp32, each layer's own importance, where it was asked for.
+        prediction: what a cost model, where one was given, predicted for both ways.
+        cached: a `SelectionCache` knew this selection; no speculator ran.
+        reused_tokens: speculator tokens that a `Session` did not have to compute again.
     """
 
     input_ids: Tensor = field(repr=False)
@@ -39,6 +50,11 @@ class PromptSelection:
     num_look_ahead: int = 0
     look_ahead_tokens: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()
+    protected: tuple[Span, ...] = ()
+    layer_importance: Tensor | None = field(default=None, repr=False)
+    prediction: Prediction | None = None
+    cached: bool = False
+    reused_tokens: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,6 +78,7 @@ class GenerationResult:
             that did not run are absent.
         ttft: seconds until the first token was known: all stages but decode.
         selection: the whole selection, importance included.
+        prefilled_tokens: tokens that the base's prefill computed: K, or fewer where a `Session` had some of them.
     """
 
     text: str
@@ -75,3 +92,4 @@ class GenerationResult:
     ttft: float
     backend: str
     selection: PromptSelection = field(repr=False)
+    prefilled_tokens: int = 0
