@@ -1,0 +1,100 @@
+"""specprefill select: what the base would read, without running it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from specprefill_kernels.commands.shared import (
+    BASE,
+    SPECULATOR,
+    Device,
+    KeepMass,
+    KeepRatio,
+    KeepTokens,
+    Model,
+    Preset,
+    PromptFile,
+    Protect,
+    Question,
+    Raw,
+    SelfLayers,
+    Settings,
+    Threads,
+    make_config,
+    make_loop,
+    new_console,
+    plain_errors,
+    read_prompt_file,
+)
+
+if TYPE_CHECKING:
+    from specprefill_kernels.loop import PromptSelection
+
+
+def select(
+    prompt_file: PromptFile,
+    base: Model = BASE,
+    speculator: Model = SPECULATOR,
+    question: Question = None,
+    keep_ratio: KeepRatio = None,
+    keep_tokens: KeepTokens = None,
+    keep_mass: KeepMass = None,
+    preset: Preset = "paper",
+    settings: Settings = None,
+    protect: Protect = None,
+    self_layers: SelfLayers = None,
+    output: Annotated[Optional[Path], typer.Option(help="Save as JSON, importance included.")] = None,  # noqa: UP045
+    raw: Raw = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Says what the base model would read, without running it."""
+    console, errors = new_console(), new_console(stderr=True)
+    with plain_errors():
+        from specprefill_kernels.demo.measure import prompt_offsets
+
+        config = make_config(preset, keep_ratio, keep_tokens, keep_mass, settings)
+        loop, tokenizer = make_loop(base, speculator, config, self_layers, device, threads, errors)
+        prompt = read_prompt_file(prompt_file, question, raw, tokenizer)
+        selection = loop.select(prompt, protect)
+        text, offsets = prompt_offsets(prompt, tokenizer)
+        spans = [
+            {"start": a, "end": b, "characters": [offsets[a][0], offsets[b - 1][1]],
+             "text": text[offsets[a][0] : offsets[b - 1][1]]}
+            for a, b in selection.spans
+        ]  # fmt: skip
+        if output is not None:
+            importance = None if selection.importance is None else selection.importance.tolist()
+            values = {
+                "mode": selection.mode,
+                "reason": selection.reason,
+                "prompt_tokens": selection.prompt_tokens,
+                "kept_tokens": selection.kept_tokens,
+                "backend": selection.backend,
+                "seconds": dict(selection.seconds),
+                "spans": spans,
+                "importance": importance,
+            }
+            output.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            console.print(f"{_summary(selection)} Saved to {output}.", markup=False, soft_wrap=True)
+            return
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("tokens", justify="right", no_wrap=True)
+        table.add_column("kept text")
+        for span in spans:
+            table.add_row(f"{span['start']}-{span['end']}", Text(str(span["text"]).strip("\n")))
+        console.print(table)
+        console.print(_summary(selection), style="bold", markup=False)
+
+
+def _summary(selection: PromptSelection) -> str:
+    return (
+        f"{selection.mode}: {selection.kept_tokens:,} of {selection.prompt_tokens:,} tokens kept in "
+        f"{len(selection.spans)} spans ({selection.reason})."
+    )

@@ -1,0 +1,174 @@
+"""What the commands share: options, consoles, one-line errors, and how models, prompts and configurations come in."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from specprefill_kernels.config import SpecPrefillConfig
+    from specprefill_kernels.demo.measure import Side
+
+BASE, SPECULATOR = "qwen2.5-coder-1.5b", "smollm2-135m"
+
+# typer reads these annotations at run time, on Python 3.10 too: Optional, not a bar.
+Model = Annotated[str, typer.Option(help="Registry name, local folder, .gguf file or hub id.")]
+KeepRatio = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(min=0.0, max=1.0, help="Fraction of the prompt's chunks to keep, in (0, 1]; default: the preset's."),
+]
+KeepTokens = Annotated[Optional[int], typer.Option(min=1, help="Tokens to keep, instead of a ratio.")]  # noqa: UP045
+KeepMass = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(min=0.0, max=1.0, help="Keep the fewest chunks that hold this share of the importance."),
+]
+Preset = Annotated[str, typer.Option(help="paper, pflash or llama_cpp.")]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of SpecPrefillConfig; may be repeated."),
+]
+Protect = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="TEXT", help="A passage of the prompt that must survive; may be repeated."),
+]
+SelfLayers = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="FIRST:LAST", help="Score with these layers of the base instead of a speculator."),
+]
+PromptFile = Annotated[Path, typer.Option(help="A text file; - reads standard input.")]
+Question = Annotated[Optional[str], typer.Option(help="Asked after the text.")]  # noqa: UP045
+Raw = Annotated[bool, typer.Option(help="No chat template: the model continues the text.")]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's.")]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, ...")]
+
+
+def new_console(**options: Any) -> Console:
+    return Console(highlight=False, **options)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What the reader can put right is one line and exit status 1; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        new_console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise typer.Exit(1) from error
+
+
+def make_config(
+    preset: str = "paper",
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    keep_mass: float | None = None,
+    settings: Sequence[str] | None = None,
+) -> SpecPrefillConfig:
+    """A preset, with at most one budget instead of its own and any field on top."""
+    from specprefill_kernels.config import SpecPrefillConfig
+
+    budgets = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "keep_mass": keep_mass}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        options = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options}: expected one budget, got {len(given)}")
+    changes: dict[str, Any] = {}
+    if given:
+        changes = {"keep_ratio": None, **given}
+    return SpecPrefillConfig.preset(preset, **changes).replace(**parse_settings(settings))
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """{"chunk_size": 16} from ["chunk_size=16"]. What is no Python literal is a word: "queries=both"."""
+    values: dict[str, Any] = {}
+    for setting in settings or ():
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set: expected FIELD=VALUE, for example chunk_size=16, got {setting!r}")
+        try:
+            values[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            values[name.strip()] = text.strip()
+    return values
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_pair(base: str, speculator: str, device: str, progress: Any) -> tuple[Side, Side]:
+    from specprefill_kernels import models
+    from specprefill_kernels.demo.measure import Side
+
+    for name in (base, speculator):  # a misspelt name is found before anything is fetched
+        models.check_name(name)
+
+    def side(name: str) -> Side:
+        models.ensure(name, progress)
+        entry = models.REGISTRY.get(name)
+        title = entry.title if entry else Path(name).name
+        with progress.task(f"Loading {title}"):
+            model, tokenizer = models.load(name, device=device, progress=progress)
+        return Side(title, model, tokenizer)
+
+    speculator_side = side(speculator)
+    return (speculator_side if base == speculator else side(base)), speculator_side
+
+
+def make_loop(
+    base: str,
+    speculator: str,
+    config: SpecPrefillConfig,
+    self_layers: str | None,
+    device: str,
+    threads: int | None,
+    errors: Console,
+) -> tuple[Any, Any]:
+    from specprefill_kernels.loop import SpecPrefill
+    from specprefill_kernels.models import RichProgress
+
+    layers = parse_layers(self_layers)
+    set_threads(threads)
+    progress = RichProgress(errors)
+    if layers is not None:
+        side, _ = load_pair(base, base, device, progress)
+        return SpecPrefill(side.model, None, config, tokenizer=side.tokenizer, self_layers=layers), side.tokenizer
+    one, other = load_pair(base, speculator, device, progress)
+    loop = SpecPrefill(one.model, other.model, config, tokenizer=one.tokenizer, speculator_tokenizer=other.tokenizer)
+    return loop, one.tokenizer
+
+
+def parse_layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--self-layers: expected FIRST:LAST, for example 0:7, got {text!r}")
+    return int(first), int(last)
+
+
+def read_prompt_file(file: Path, question: str | None, raw: bool, tokenizer: Any) -> Any:
+    from specprefill_kernels.demo.document import Story
+    from specprefill_kernels.demo.measure import as_prompt
+
+    if str(file) == "-":
+        text = sys.stdin.read()
+    elif file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+    else:
+        raise ValueError(f"--prompt-file: expected a text file or -, got {str(file)!r}")
+    if question is not None:
+        text = Story(title="", document=text, question=question).prompt
+    if not text.strip():
+        raise ValueError("--prompt-file: expected text, got an empty file")
+    return text if raw else as_prompt(text, tokenizer)
