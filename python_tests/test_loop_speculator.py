@@ -41,6 +41,8 @@ def importance_by_hand(model, ids, config, layers=None, tokens=()):
     rows = range(seq_len - 1, everything.shape[1])
     if config.queries == "observation_window":
         rows = range(max(0, seq_len - config.look_ahead), seq_len)
+    if config.queries == "both":  # each row once, the last prompt row too
+        rows = range(max(0, seq_len - config.observation_rows), everything.shape[1])
     heads = []
     for layer, weights in enumerate(attentions):
         if layers is None or layer in layers:
@@ -59,11 +61,12 @@ def importance_by_hand(model, ids, config, layers=None, tokens=()):
 def check(family, config, layers=None, attn=None):
     model, eager, ids = build(family, attn=attn), build(family, attn="eager"), prompt()
     tokens = []
-    if config.queries == "look_ahead":
+    if config.queries != "observation_window":
         tokens = look_ahead_by_hand(eager, ids, config.look_ahead - 1)
     speculation = Speculator(model, config).score(ids)
     assert speculation.look_ahead_tokens == tuple(tokens)
-    assert speculation.num_look_ahead == config.look_ahead
+    rows = config.look_ahead + (config.observation_rows - 1 if config.queries == "both" else 0)
+    assert speculation.num_look_ahead == rows
     expected = importance_by_hand(eager, ids, config, layers, tokens)
     assert expected.max() > 1.2 * expected.min()  # flat importance would prove nothing
     torch.testing.assert_close(speculation.importance.double(), expected, atol=1e-6, rtol=2e-3)
@@ -83,6 +86,10 @@ def test_importance_equals_the_definition(family):
         {"normalize_over": "visible"},
         {"queries": "observation_window"},
         {"queries": "observation_window", "pool_order": "after_max", "pool_edge": "valid"},
+        {"queries": "both"},
+        {"queries": "both", "observation_rows": 5, "normalize_over": "visible"},
+        {"queries": "both", "observation_rows": 1, "look_ahead": 4, "pool_order": "after_max", "pool_edge": "valid"},
+        {"queries": "both", "observation_rows": 6, "look_ahead": 1, "reduce": "max", "pool_kernel_size": 1},
         {"reduce": "max"},
         {"reduce": "max", "pool_order": "after_max"},
         {"look_ahead": 1, "pool_kernel_size": 1},
@@ -94,7 +101,7 @@ def test_every_definition(family, changes):
     check(family, SpecPrefillConfig(**changes))
 
 
-@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window", "both"])
 def test_a_subset_of_layers(queries):
     config = SpecPrefillConfig(score_layers=(1, -2), queries=queries)
     assert check("llama", config, layers={1, 2}).layers == (1, 2)
@@ -120,16 +127,17 @@ def test_window_skip_with_nothing_left_says_so():
         Speculator(build("mistral"), SpecPrefillConfig(window="skip")).score(prompt())
 
 
-def test_eos_ends_the_look_ahead():
+@pytest.mark.parametrize("queries", ["look_ahead", "both"])
+def test_eos_ends_the_look_ahead(queries):
     """EOS at step s keeps the first s + 1 rows."""
     eager, ids = build("llama", attn="eager"), prompt()
     tokens = look_ahead_by_hand(eager, ids, 7)
     step = next(s for s in range(1, 7) if tokens[s] not in tokens[:s])
     model = build("llama")
     model.generation_config.eos_token_id = [0, tokens[step]]
-    config = SpecPrefillConfig()
+    config = SpecPrefillConfig(queries=queries, observation_rows=9)
     speculation = Speculator(model, config).score(ids)
-    assert speculation.num_look_ahead == step + 1
+    assert speculation.num_look_ahead == step + (9 if queries == "both" else 1)
     assert speculation.look_ahead_tokens == tuple(tokens[:step])
     expected = importance_by_hand(eager, ids, config, None, tokens[:step])
     torch.testing.assert_close(speculation.importance.double(), expected, atol=1e-6, rtol=2e-3)
@@ -140,6 +148,17 @@ def test_eos_as_the_first_token_keeps_one_row():
     model.generation_config.eos_token_id = look_ahead_by_hand(model, ids, 1)[0]
     speculation = Speculator(model, SpecPrefillConfig()).score(ids)
     assert (speculation.num_look_ahead, speculation.look_ahead_tokens) == (1, ())
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_both_kinds_of_rows_of_a_short_prompt(length):
+    eager, ids = build("llama", attn="eager"), prompt(length)
+    config = SpecPrefillConfig(queries="both", look_ahead=4)
+    tokens = look_ahead_by_hand(eager, ids, 3)
+    speculation = Speculator(build("llama"), config).score(ids)
+    assert (speculation.num_look_ahead, speculation.look_ahead_tokens) == (length + 3, tuple(tokens))
+    expected = importance_by_hand(eager, ids, config, None, tokens)
+    torch.testing.assert_close(speculation.importance.double(), expected, atol=1e-6, rtol=2e-3)
 
 
 @pytest.mark.parametrize("length", [1, 5])
