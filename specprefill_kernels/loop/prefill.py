@@ -31,6 +31,10 @@ from specprefill_kernels.loop.support import head_options, num_layers
 class PositionalAttention:
     """Attention handler: causal by slot order, sliding windows by position.
 
+    A mask that the model made itself is passed on where it has the right size and no window binds. It has the wrong one
+    where layers hold caches of unequal lengths: Transformers measures the first layer's. Then none is passed if the
+    implementation is causal by itself, and one made from positions if not.
+
     Args:
         implementation: the model's own, "sdpa", "eager", "flash_attention_2", ...
         query_positions: [q] int64, ascending.
@@ -43,7 +47,7 @@ class PositionalAttention:
         self._queries = query_positions
         self._keys = key_positions
         self._span = span
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.device], Tensor] = {}
 
     def __call__(
         self,
@@ -57,10 +61,16 @@ class PositionalAttention:
     ) -> tuple[Tensor, Tensor | None]:
         kwargs.pop("position_ids", None)
         window = kwargs.get("sliding_window")
-        if window is None or window >= self._span:
-            return ordinary(module, query, key, value, attention_mask, **kwargs)
-        mask = self._mask(window, key.device)
+        if window is not None and window >= self._span:
+            window = None
         implementation = self._implementation
+        if window is None:
+            sizes = (query.shape[2], key.shape[2])
+            if attention_mask is not None and tuple(attention_mask.shape[-2:]) == sizes:
+                return ordinary(module, query, key, value, attention_mask, **kwargs)
+            if _causal_by_itself(implementation, *sizes):
+                return ordinary(module, query, key, value, None, **kwargs)
+        mask = self._mask(window, key.device)
         if implementation not in ("sdpa", "eager"):
             # Flash and flex attention take no such mask; SDPA knows no softcap and no attention sink.
             plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
@@ -71,12 +81,20 @@ class PositionalAttention:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, blocked)
         return ordinary(module, query, key, value, mask, **kwargs)
 
-    def _mask(self, window: int, device: torch.device) -> Tensor:
+    def _mask(self, window: int | None, device: torch.device) -> Tensor:
         """[1, 1, q, k] bool, True where the key is seen. One per window and device, not one per layer."""
         if (window, device) not in self._masks:
             distance = self._queries.to(device)[:, None] - self._keys.to(device)[None, :]
-            self._masks[window, device] = ((distance >= 0) & (distance < window))[None, None]
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._masks[window, device] = seen[None, None]
         return self._masks[window, device]
+
+
+def _causal_by_itself(implementation: str, queries: int, keys: int) -> bool:
+    """Whether attention without a mask is causal when the queries are the last of the keys."""
+    if queries == 1 or "flash" in implementation:
+        return True
+    return implementation == "sdpa" and queries == keys  # its is_causal counts from the first key
 
 
 class BaseRun:

@@ -3,7 +3,11 @@
 import inspect
 from typing import Any
 
+from torch import nn
+
 SCORED_LAYERS = {"full_attention", "sliding_attention"}
+# Their forwards reshape the last layer's output to the length of the input, which has no room for fewer tokens.
+_FIXED_LENGTH = {"codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj"}
 
 
 def _text_config(model: Any) -> Any:
@@ -56,3 +60,54 @@ def base_problem(model: Any) -> str | None:
     if getattr(_text_config(model), "alibi", False):
         return "ALiBi, which counts cache slots and not positions"
     return None
+
+
+def decoder_layers(model: Any) -> list[nn.Module] | None:
+    """The model's decoder layers in order, or None where no one list of them is found.
+
+    They are the one `ModuleList` as long as the config says whose i-th entry holds an attention with `layer_idx` i.
+    (Lists of experts, or of another tower's layers, can have the same length.)
+    """
+    count = num_layers(model)
+    found = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(_attends_as(index, layer) for index, layer in enumerate(module))
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _attends_as(index: int, layer: nn.Module) -> bool:
+    indices = {getattr(module, "layer_idx", None) for module in layer.modules()} - {None}
+    return indices == {index}
+
+
+def continuing_problem(model: Any) -> str | None:
+    """Why this model's upper layers cannot go on with a part of the prompt, or None."""
+    problem = base_problem(model)
+    if problem is not None:
+        return problem
+    if _text_config(model).model_type in _FIXED_LENGTH:
+        return "a forward that needs as many tokens after the last layer as before the first"
+    if decoder_layers(model) is None:
+        return f"no list of {num_layers(model)} decoder layers, each with an attention of its own"
+    return None
+
+
+def check_continuing_layers(layer_range: tuple[int, int], count: int) -> tuple[int, int]:
+    """(first, last) of the layers to score in the middle of a forward of `count` layers.
+
+    Raises:
+        ValueError: not 0 <= first <= last, or no layer is left above `last`.
+    """
+    first, last = layer_range
+    if not 0 <= first <= last:
+        raise ValueError(f"self_layers: expected 0 <= first <= last, got {layer_range}")
+    if last >= count - 1:
+        raise ValueError(
+            f"self_layers: expected last < {count - 1}, so that layers are left to go on with the kept tokens, "
+            f"got {last} (the model has {count} layers)"
+        )
+    return first, last
