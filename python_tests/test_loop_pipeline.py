@@ -352,9 +352,9 @@ def test_protected_passages_survive():
     for start in (text.find("KEEP"), text.rfind("KEEP")):
         assert set(range(start, start + 8)) <= set(kept)  # one byte, one token
     assert not set(range(text.find("KEEP"), text.find("KEEP") + 8)) <= set(sp.select(text).kept_indices.tolist())
-    with pytest.raises(ValueError, match=r"^protect: expected a passage"):
+    with pytest.raises(ValueError, match=r"^protect\[0\]: expected a passage"):
         sp.select(text, protect=["not there"])
-    with pytest.raises(ValueError, match=r"^protect: expected \(start, end\) spans"):
+    with pytest.raises(ValueError, match=r"^protect\[0\]: expected \(start, end\) token spans"):
         sp.select(tokenizer(text)["input_ids"], protect=["KEEP ME."])
 
 

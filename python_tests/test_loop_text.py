@@ -177,29 +177,32 @@ def test_chat_markers_have_importance_too():
     assert (selection.importance[markers] > 0).all()
 
 
-def test_ids_cross_when_their_text_gives_them_back():
+def test_ids_cross_by_the_text_that_they_stand_for():
     sp, ids = spoken(byte_tokenizer(MERGES)), byte_tokenizer()(TEXT)["input_ids"]
     assert sp.select(ids).spans == sp.select(TEXT).spans
     base = SpecPrefill(
-        build("llama"),
-        build("llama"),
+        build("llama", seed=7),
+        build("llama", seed=3),
         config(),
         tokenizer=byte_tokenizer(MERGES),
         speculator_tokenizer=byte_tokenizer(),
     )
-    with pytest.raises(ValueError, match=r"^prompt: expected text or messages"):
-        base.select(ids)  # bytes where the base's own tokenizer would have merged
+    # Bytes where the base's own tokenizer would have merged: each has its own characters all the same.
+    ascii_text = TEXT.encode("ascii", "ignore").decode()
+    selection = base.select(byte_tokenizer()(ascii_text)["input_ids"])
+    assert selection.prompt_tokens == len(ascii_text)
+    assert torch.equal(selection.importance, pipeline().select(ascii_text).importance)
 
 
 def test_bos_is_given_once():
     base, other = byte_tokenizer(), byte_tokenizer(MERGES, bos=True)
     bridge = TokenBridge(base, other)
     for text in ("hello there", "<bos>hello there"):
-        ids, _, _ = bridge.cross(read_prompt(text, base))
+        ids = bridge.cross(read_prompt(text, base)).input_ids
         assert ids[0].tolist().count(other.bos_token_id) == 1
 
 
-def test_slow_tokenizers_are_refused():
+def test_what_is_no_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
@@ -209,7 +212,9 @@ def test_slow_tokenizers_are_refused():
         def get_vocab(self):
             return {}
 
-    with pytest.raises(ValueError, match=r"^speculator_tokenizer: expected a fast tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"^speculator_tokenizer: expected a tokenizer that encodes and decodes, got Slow"
+    ):
         spoken(Slow())
     with pytest.raises(ValueError, match=r"^tokenizer: expected one beside"):
         SpecPrefill(build("llama"), build("llama"), config(), speculator_tokenizer=Slow())

@@ -7,8 +7,8 @@ from typing import Any
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.generation import Generation, TokenStream
-from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens, spans_of
-from specprefill_kernels.loop.results import PromptSelection
+from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens
+from specprefill_kernels.loop.protection import Characters, Protection, find_protection
 from specprefill_kernels.loop.selecting import Selector
 from specprefill_kernels.loop.speculator import Speculator
 from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
@@ -157,14 +157,11 @@ class SpecPrefill:
 
     def read(
         self, prompt: Any, protect: Any, template_options: Mapping[str, Any] | None, clock: StageClock
-    ) -> tuple[Prompt, Any]:
+    ) -> tuple[Prompt, Protection]:
         """The prompt in the base's tokens, and what of it must survive."""
         with clock.stage("tokenize"):
             read = read_prompt(prompt, self.tokenizer, template_options)
-            spans: list[Any] = []
-            for item in protect or ():
-                spans.extend(spans_of(read, item, self.tokenizer) if isinstance(item, str) else [item])
-        return read, spans
+            return read, find_protection(read, protect, self.tokenizer, self.config)
 
 
 def _problem(base: Any, scorer: Any) -> str | None:
@@ -196,4 +193,4 @@ def _protect_each(protect: Any, count: int) -> list[Any]:
 
 
 def _are_spans(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (str, list, tuple)) for item in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (str, list, tuple, Characters)) for item in value)

@@ -1,31 +1,44 @@
-"""From one prompt to the tokens that the base will read: every decision to run dense is taken here, with its reason."""
+"""From one prompt to the tokens that the base will read: every decision to run dense is taken here, with its reason.
+
+    dense_reason -> speculate -> choose            `select` is the three in a row
+
+One speculation serves many choices: `choose` may be called again with other budgets.
+"""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specprefill_kernels._backends import resolve
 from specprefill_kernels.config import SpecPrefillConfig
+from specprefill_kernels.loop.budgets import budget_tokens, keep_tokens, spans_of_mask
 from specprefill_kernels.loop.clock import StageClock
-from specprefill_kernels.loop.prompts import Prompt, TokenBridge
-from specprefill_kernels.loop.results import PromptSelection, Span
+from specprefill_kernels.loop.prompts import Crossing, Prompt, TokenBridge
+from specprefill_kernels.loop.protection import Protection
+from specprefill_kernels.loop.results import PromptSelection
 from specprefill_kernels.loop.speculator import NothingToScore, Speculation, Speculator
-from specprefill_kernels.ops.select import select_chunks
+
+if TYPE_CHECKING:
+    from specprefill_kernels.loop.costs import CostModel, Prediction
+    from specprefill_kernels.loop.memory import SpeculatorMemory
 
 logger = logging.getLogger("specprefill_kernels")
 
 
 class Selector:
-    """Scores a prompt with the speculator and selects its chunks.
+    """Scores a prompt with the speculator and selects what the base reads of it.
 
     Args:
         speculator: None when `problem` says why there is none.
         bridge: None when speculator and base share their tokens.
         problem: a reason for which every prompt runs dense.
         device: where `kept_indices` and `importance` go.
+        costs: predicts the seconds of both ways; a prompt for which the sparse way would take longer runs dense.
     """
 
     def __init__(
@@ -35,38 +48,133 @@ class Selector:
         config: SpecPrefillConfig,
         problem: str | None,
         device: torch.device,
+        costs: CostModel | None = None,
     ) -> None:
         self._speculator = speculator
         self._bridge = bridge
         self._config = config
         self._problem = problem
         self._device = device
+        self._costs = costs
 
-    def select(self, prompt: Prompt, protect: Sequence[Span] | None, clock: StageClock) -> PromptSelection:
-        seq_len = prompt.input_ids.shape[1]
-        protected = protect_mask(protect, seq_len)
-        reason = self._dense_reason(seq_len, protected)
+    def select(
+        self,
+        prompt: Prompt,
+        protection: Protection,
+        clock: StageClock,
+        *,
+        memory: SpeculatorMemory | None = None,
+        held: Tensor | None = None,
+        per_layer: bool = False,
+    ) -> PromptSelection:
+        """What the base reads of this prompt.
+
+        Args:
+            protection: what must survive, see `find_protection`.
+            clock: takes the seconds of each stage.
+            memory: what the speculator remembers of an earlier prompt; it stands for this one afterwards.
+            held: [T] bool, tokens that the base's cache already has: kept, and paid from the budget first.
+            per_layer: also give each layer's own importance.
+        """
+        reason, prediction = self.dense_reason(prompt, protection), None
         if reason is None:
             try:
-                return self._sparse(prompt, protected, clock)
+                crossing = self._cross(prompt, clock)
+                # With a cache to go on from, the seconds of whole prompts say nothing.
+                if self._costs is not None and memory is None and held is None:
+                    prediction, reason = self._predict(prompt, protection, crossing)
+                if reason is None:
+                    speculation = self._speculate(prompt, crossing, clock, memory, per_layer)
+                    selection = self.choose(prompt, protection, speculation, clock, held=held, prediction=prediction)
+                    return selection if prediction is None else self._predicted_again(selection, crossing)
             except NothingToScore as problem:
                 reason = str(problem)
-        return self._dense(prompt, reason, clock)
+        return self._dense(prompt, protection, reason, clock, prediction)
 
-    def _dense_reason(self, seq_len: int, protected: Tensor | None) -> str | None:
-        config = self._config
+    def dense_reason(self, prompt: Prompt, protection: Protection) -> str | None:
+        """Why this prompt needs no speculator at all; None when it does."""
+        config, seq_len = self._config, prompt.input_ids.shape[1]
         if self._problem is not None:
             return self._problem
         if seq_len < config.min_prompt_tokens:
             return f"prompt too short: {seq_len} tokens, min_prompt_tokens is {config.min_prompt_tokens}"
         if config.keeps_all(seq_len):
-            name, value = next(iter(config.budget.items()))
-            return f"the budget keeps everything: {name}={value} of {seq_len} tokens in chunks of {config.chunk_size}"
-        if protected is not None and bool(protected.all()):
+            return (
+                f"the budget keeps everything: {_budget(config)} of {seq_len} tokens in chunks of {config.chunk_size}"
+            )
+        if protection.mask is not None and bool(protection.mask.all()):
             return "every token is protected"
         return None
 
-    def _dense(self, prompt: Prompt, reason: str, clock: StageClock) -> PromptSelection:
+    def speculate(
+        self, prompt: Prompt, clock: StageClock, *, memory: SpeculatorMemory | None = None, per_layer: bool = False
+    ) -> Speculation:
+        """Run the speculator; its importance is carried over to the base's tokens.
+
+        Raises:
+            NothingToScore: this prompt cannot be scored.
+        """
+        return self._speculate(prompt, self._cross(prompt, clock), clock, memory, per_layer)
+
+    def choose(
+        self,
+        prompt: Prompt,
+        protection: Protection,
+        speculation: Speculation,
+        clock: StageClock,
+        *,
+        held: Tensor | None = None,
+        config: SpecPrefillConfig | None = None,
+        prediction: Prediction | None = None,
+    ) -> PromptSelection:
+        """Spend the budget on what `speculate` found.
+
+        Args:
+            speculation: with importance over the base's tokens.
+            held: [T] bool, tokens that the base's cache already has.
+            config: another budget, chunk size, sink or tail than the Selector's, for the same importance.
+            prediction: goes into the result.
+        """
+        config = self._config if config is None else config
+        seq_len = prompt.input_ids.shape[1]
+        with clock.stage("select"):
+            importance = speculation.importance
+            must_keep = _united(protection.mask, held, importance.device)
+            mask, overflow = keep_tokens(importance, must_keep, config)
+            kept = mask.nonzero()[:, 0].to(self._device)
+            spans = spans_of_mask(mask)
+        count = kept.shape[0]
+        dense = count == seq_len
+        if dense:
+            reason = "the selection kept every token"
+        else:
+            reason = f"kept {count} of {seq_len} tokens{_account(protection, held)}"
+        if overflow:
+            reason += _overflow(must_keep, config, seq_len)
+        used = {speculation.backend, resolve("select_chunks", config.backend, importance.device.type)}
+        layers = getattr(speculation, "layer_importance", None)
+        return PromptSelection(
+            input_ids=prompt.input_ids[0],
+            importance=importance.to(self._device),
+            kept_indices=kept,
+            spans=spans,
+            mode="dense" if dense else "sparse",
+            reason=_with_notes(reason, protection),
+            seconds=dict(clock.seconds),
+            backend="+".join(sorted(used)),
+            overflow=overflow,
+            num_look_ahead=speculation.num_look_ahead,
+            look_ahead_tokens=speculation.look_ahead_tokens,
+            scored_layers=speculation.layers,
+            protected=protection.spans,
+            layer_importance=None if layers is None else layers.to(self._device),
+            prediction=prediction,
+            reused_tokens=getattr(speculation, "reused_tokens", 0),
+        )
+
+    def _dense(
+        self, prompt: Prompt, protection: Protection, reason: str, clock: StageClock, prediction: Prediction | None
+    ) -> PromptSelection:
         logger.info("dense prefill: %s", reason)
         seq_len = prompt.input_ids.shape[1]
         return PromptSelection(
@@ -78,64 +186,75 @@ class Selector:
             reason=reason,
             seconds=dict(clock.seconds),
             backend="none",
+            protected=protection.spans,
+            prediction=prediction,
         )
 
-    def _sparse(self, prompt: Prompt, protected: Tensor | None, clock: StageClock) -> PromptSelection:
+    def _cross(self, prompt: Prompt, clock: StageClock) -> Crossing | None:
+        """The prompt in the speculator's own tokens; None where they are the base's."""
+        if self._bridge is None:
+            return None
+        with clock.stage("tokenize"):
+            return self._bridge.cross(prompt)
+
+    def _predict(
+        self, prompt: Prompt, protection: Protection, crossing: Crossing | None
+    ) -> tuple[Prediction, str | None]:
+        """Seconds of both ways before anything ran, and why dense is the faster one, if it is."""
+        assert self._costs is not None
         config, seq_len = self._config, prompt.input_ids.shape[1]
-        speculation = self._speculate(prompt, clock)
-        with clock.stage("select"):
-            importance = speculation.importance[None]
-            selection = select_chunks(
-                importance,
-                chunk_size=config.chunk_size,
-                rounding=config.rounding,
-                protect=None if protected is None else protected.to(importance.device),
-                sink=config.sink,
-                # The first answer token is read off the last prompt token: without it the answer starts elsewhere.
-                tail=max(config.tail, 1),
-                backend=config.backend,
-                **config.budget,
-            )
-            kept = selection.indices[0, : int(selection.num_kept[0])].to(self._device, torch.int64)
-            spans = tuple(selection.spans(0))
-        dense = kept.shape[0] == seq_len
-        used = {speculation.backend, resolve("select_chunks", config.backend, importance.device.type)}
-        return PromptSelection(
-            input_ids=prompt.input_ids[0],
-            importance=importance[0].to(self._device),
-            kept_indices=kept,
-            spans=spans,
-            mode="dense" if dense else "sparse",
-            reason="the selection kept every token" if dense else f"kept {kept.shape[0]} of {seq_len} tokens",
-            seconds=dict(clock.seconds),
-            backend="+".join(sorted(used)),
-            overflow=bool(selection.overflow[0]),
-            num_look_ahead=speculation.num_look_ahead,
-            look_ahead_tokens=speculation.look_ahead_tokens,
-            scored_layers=speculation.layers,
-        )
+        protected = 0 if protection.mask is None else int(protection.mask.sum())
+        budget = budget_tokens(config, seq_len)
+        # How much keep_mass keeps is known after scoring; even its least must pay.
+        fewest = max(config.chunk_size if budget is None else budget, protected)
+        prediction = self._costs.predict(seq_len, min(fewest, seq_len), _speculator_tokens(seq_len, crossing))
+        if prediction.full > prediction.sparse:
+            return prediction, None
+        return prediction, f"sparse prefill would not pay: {_both(prediction)}"
 
-    def _speculate(self, prompt: Prompt, clock: StageClock) -> Speculation:
-        """Speculation with its importance over the base's tokens."""
+    def _predicted_again(self, selection: PromptSelection, crossing: Crossing | None) -> PromptSelection:
+        """With the tokens that keep_mass really kept.
+
+        The speculator's seconds are spent by now, and the kept tokens are fewer than all: going on is right even where
+        a full prefill from the start would have been faster. Then the reason says so.
+        """
+        if self._config.keep_mass is None:
+            return selection
+        assert self._costs is not None
+        seq_len = selection.prompt_tokens
+        prediction = self._costs.predict(seq_len, selection.kept_tokens, _speculator_tokens(seq_len, crossing))
+        reason = selection.reason
+        if prediction.full <= prediction.sparse:
+            reason += f"; known after scoring: sparse prefill did not pay, {_both(prediction)}"
+        return replace(selection, prediction=prediction, reason=reason)
+
+    def _speculate(
+        self,
+        prompt: Prompt,
+        crossing: Crossing | None,
+        clock: StageClock,
+        memory: SpeculatorMemory | None,
+        per_layer: bool,
+    ) -> Speculation:
         if self._speculator is None:
             raise NothingToScore("no speculator")
         model: Any = self._speculator.model
-        if self._bridge is None:
-            ids = prompt.input_ids
-            self._check_vocabulary(ids, model)
-            return self._speculator.score(ids.to(model.device), clock)
-        with clock.stage("tokenize"):
-            ids, base_offsets, speculator_offsets = self._bridge.cross(prompt)
-        speculation = self._speculator.score(ids.to(model.device), clock)
+        ids = prompt.input_ids if crossing is None else crossing.input_ids
+        self._check_vocabulary(ids, model)
+        options: dict[str, Any] = {}
+        if memory is not None:
+            options["memory"] = memory
+        if per_layer:
+            options["per_layer"] = True
+        speculation = self._speculator.score(ids.to(model.device), clock, **options)
+        if crossing is None:
+            return speculation
         with clock.stage("select"):
-            importance = self._bridge.back(speculation.importance, base_offsets, speculator_offsets)
-        return Speculation(
-            importance,
-            speculation.num_look_ahead,
-            speculation.layers,
-            speculation.look_ahead_tokens,
-            speculation.backend,
-        )
+            changes: dict[str, Any] = {"importance": crossing.back(speculation.importance)}
+            layers = getattr(speculation, "layer_importance", None)
+            if layers is not None:
+                changes["layer_importance"] = torch.stack([crossing.back(layer) for layer in layers])
+            return replace(speculation, **changes)
 
     @staticmethod
     def _check_vocabulary(ids: Tensor, model: Any) -> None:
@@ -147,21 +266,42 @@ class Selector:
             )
 
 
-def protect_mask(protect: Sequence[Span] | None, seq_len: int) -> Tensor | None:
-    """[1, T] bool from (start, end) token spans, end exclusive; None for no span at all.
-
-    Raises:
-        ValueError: a span is empty or leaves the prompt.
-    """
-    if not protect:
+def _united(protected: Tensor | None, held: Tensor | None, device: torch.device) -> Tensor | None:
+    masks = [mask.to(device) for mask in (protected, held) if mask is not None]
+    if not masks:
         return None
-    mask = torch.zeros(1, seq_len, dtype=torch.bool)
-    for index, span in enumerate(protect):
-        try:
-            start, end = span
-        except (TypeError, ValueError):
-            raise ValueError(f"protect[{index}]: expected a pair (start, end), got {span!r}") from None
-        if not 0 <= start < end <= seq_len:
-            raise ValueError(f"protect[{index}]: expected 0 <= start < end <= {seq_len}, got ({start}, {end})")
-        mask[0, start:end] = True
-    return mask
+    return masks[0] if len(masks) == 1 else masks[0] | masks[1]
+
+
+def _speculator_tokens(seq_len: int, crossing: Crossing | None) -> int:
+    return seq_len if crossing is None else int(crossing.input_ids.shape[1])
+
+
+def _budget(config: SpecPrefillConfig) -> str:
+    name, value = next(iter(config.budget.items()))
+    return f"{name}={value}"
+
+
+def _account(protection: Protection, held: Tensor | None) -> str:
+    """', 57 protected (markers 40, turn end 17)', and what was in the cache."""
+    text = ""
+    if protection.mask is not None:
+        parts = ", ".join(f"{label} {count}" for label, count in protection.parts.items())
+        text = f", {int(protection.mask.sum())} protected ({parts})"
+    return text if held is None else f"{text}, {int(held.sum())} held in the cache"
+
+
+def _overflow(must_keep: Tensor | None, config: SpecPrefillConfig, seq_len: int) -> str:
+    budget = f"the budget of {budget_tokens(config, seq_len)} ({_budget(config)})"
+    forced = "the last chunk" if max(config.sink, config.tail) == 0 else "the chunks of sink and tail"
+    if must_keep is None:
+        return f"; {forced} exceed {budget}"
+    return f"; {int(must_keep.sum())} tokens that must survive and {forced} exceed {budget}"
+
+
+def _both(prediction: Prediction) -> str:
+    return f"predicted {prediction.full:.3g} s for a full prefill, {prediction.sparse:.3g} s with the speculator"
+
+
+def _with_notes(reason: str, protection: Protection) -> str:
+    return "; ".join([reason, *protection.notes])

@@ -1,0 +1,129 @@
+"""Which characters of a text each token stands for, for any tokenizer.
+
+Fast tokenizers report spans, but not all characters have one: GPT-2's post-processor trims the space off " word", a
+normalizer may delete characters, and tokens that a post-processor adds (BOS, EOS) all report (0, 0). Importance would
+be lost there. Here every character belongs to a token: white space to the one behind it, as in " word"; anything else,
+a combining mark for instance, to the one before it; and an added token is a point between its neighbours.
+
+A tokenizer without spans is decoded token by token; the pieces have to join to the text, or it is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Encoded(NamedTuple):
+    """One text in one tokenizer's tokens.
+
+    Attributes:
+        ids: T token ids.
+        spans: [T, 2] int64, characters (start, end) of each, end exclusive; start == end for one that has none.
+        added: [T] bool, which of them the tokenizer put around the text (BOS, EOS).
+    """
+
+    ids: list[int]
+    spans: Tensor
+    added: Tensor
+
+
+def encode(tokenizer: Any, text: str, *, special: bool, name: str = "tokenizer") -> Encoded:
+    """Tokens and spans of a text.
+
+    Args:
+        special: whether the tokenizer adds its special tokens around the text.
+        name: what an error calls the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer knows no spans, and its tokens do not decode to the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return _decoded(tokenizer, text, special, name)
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+    added = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
+    return Encoded(encoded["input_ids"], complete(spans, added, text), added)
+
+
+def complete(spans: Tensor, added: Tensor, text: str) -> Tensor:
+    """Spans that leave no character out: see the top of this file."""
+    own = (~added).nonzero()[:, 0]
+    result = spans.clone()
+    if own.numel():
+        result[own] = _without_gaps(spans[own], text)
+    # An added token stands behind every character before it.
+    reached = torch.where(added, torch.zeros_like(result[:, 1]), result[:, 1]).cummax(0).values if len(spans) else None
+    if reached is not None:
+        result[added] = reached[added][:, None].expand(-1, 2)
+    return result
+
+
+def _without_gaps(spans: Tensor, text: str) -> Tensor:
+    start, end = spans[:, 0].clone(), spans[:, 1].clone()
+    before = torch.cat([end.new_zeros(1), end.cummax(0).values[:-1]])
+    gap = (start > before).nonzero()[:, 0]
+    if gap.numel():
+        border = _next_space(text)[before[gap]].minimum(start[gap])
+        border[gap == 0] = 0  # nothing stands before the first token
+        end[gap - 1] = torch.where(gap > 0, border.maximum(end[gap - 1]), end[gap - 1])
+        start[gap] = border
+    end[-1] = max(int(end[-1]), len(text)) if int(end.max()) < len(text) else end[-1]
+    return torch.stack([start, end], dim=1)
+
+
+def _next_space(text: str) -> Tensor:
+    """[len(text) + 1]: the first white space at or behind each character."""
+    count = len(text)
+    where = torch.tensor([i if char.isspace() else count for i, char in enumerate(text)] + [count])
+    return where.flip(0).cummin(0).values.flip(0)
+
+
+def _decoded(tokenizer: Any, text: str, special: bool, name: str) -> Encoded:
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(text, add_special_tokens=True)["input_ids"]) if special else ids
+    front = next((i for i in range(len(full) - len(ids) + 1) if full[i : i + len(ids)] == ids), None)
+    joined, spans = pieces(tokenizer, ids)
+    # sentencepiece puts a space before the first word; its decoder may or may not take it off again
+    if joined.startswith(" ") and joined[1:] == text:
+        joined, spans = text, (spans - 1).clamp(min=0)
+    if front is None or joined != text:
+        raise ValueError(
+            f"{name}: expected a fast tokenizer, which knows each token's characters, or one whose tokens decode to "
+            f"the text exactly; {type(tokenizer).__name__} does not"
+        )
+    behind = len(full) - len(ids) - front
+    added = torch.tensor([True] * front + [False] * len(ids) + [True] * behind, dtype=torch.bool)
+    points = torch.tensor([[0, 0]] * front, dtype=torch.int64).reshape(-1, 2)
+    ends = torch.tensor([[len(text)] * 2] * behind, dtype=torch.int64).reshape(-1, 2)
+    return Encoded(full, torch.cat([points, spans, ends]), added)
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> tuple[str, Tensor]:
+    """The text that ids stand for, decoded one by one, and each id's span in it.
+
+    Tokens that only together make a character all have its span.
+    """
+
+    def decode(start: int, end: int) -> str:
+        text: str = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    found: list[str] = []
+    spans: list[tuple[int, int]] = []
+    context = done = position = 0
+    for end in range(1, len(ids) + 1):
+        # A piece is what the newest tokens add to the text of those before them, so that spaces come out right.
+        before, now = decode(context, done), decode(context, end)
+        if now.endswith(_INCOMPLETE) and end < len(ids):
+            continue
+        piece = now[len(before) :]
+        spans += [(position, position + len(piece))] * (end - done)
+        found.append(piece)
+        position += len(piece)
+        context, done = done, end
+    return "".join(found), torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
