@@ -76,7 +76,7 @@ class Generation:
             return decode(plan, input_ids, logits, step)
 
     def _select(self, prompt: Prompt, protection: Protection) -> PromptSelection:
-        return self._owner.selector.select(prompt, protection, self._clock)
+        return self._owner.choose(prompt, protection, self._clock)
 
     def _prefill_kept(self, input_ids: Tensor, selection: PromptSelection) -> tuple[Tensor, Step]:
         """The base reads what was kept: logits [1, V] of the last prompt token, and what feeds a decoded one."""

@@ -7,9 +7,12 @@ from typing import Any
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.generation import Generation, TokenStream
+from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens
 from specprefill_kernels.loop.protection import Characters, Protection, find_protection
+from specprefill_kernels.loop.results import PromptSelection
 from specprefill_kernels.loop.selecting import Selector
+from specprefill_kernels.loop.selection_cache import SelectionCache, identity
 from specprefill_kernels.loop.speculator import Speculator
 from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
 
@@ -38,6 +41,7 @@ class SpecPrefill:
         speculator_tokenizer: the speculator's, if it has other tokens than the base.
         self_layers: (first, last), both included, of the base's own layers to score: no second model. Queries are then
             the last `look_ahead` prompt rows, and the scoring pass stops after layer `last`. An int n means (0, n - 1).
+        selection_cache: a prompt whose selection it holds runs no speculator; see `SelectionCache`.
 
     Raises:
         ValueError: an argument is wrong, or does not go with another.
@@ -58,6 +62,7 @@ class SpecPrefill:
         tokenizer: Any = None,
         speculator_tokenizer: Any = None,
         self_layers: int | tuple[int, int] | None = None,
+        selection_cache: SelectionCache | None = None,
     ) -> None:
         config = SpecPrefillConfig() if config is None else config
         if not isinstance(config, SpecPrefillConfig):
@@ -95,6 +100,10 @@ class SpecPrefill:
             problem,
             base.device,
         )
+        self.selection_cache = selection_cache
+        self._translates = bridge is not None
+        tokenizers = (tokenizer, speculator_tokenizer) if self._translates else ()
+        self._identity = identity(scorer, config, layer_range, problem, *tokenizers)
 
     def select(self, prompt: Any, protect: Any = None, *, template_options: Mapping[str, Any] | None = None) -> Any:
         """Which tokens the base would read, without running it.
@@ -114,7 +123,7 @@ class SpecPrefill:
             return [self.select(one, keep, template_options=template_options) for one, keep in zip(prompt, spans)]
         clock = StageClock(*self._devices)
         read, protection = self.read(prompt, protect, template_options, clock)
-        return self.selector.select(read, protection, clock)
+        return self.choose(read, protection, clock)
 
     def generate(
         self, prompt: Any, max_new_tokens: int = 128, *, protect: Any = None, do_sample: bool = False, **options: Any
@@ -154,6 +163,22 @@ class SpecPrefill:
         if is_batch(prompt):
             raise ValueError("prompt: expected one prompt to stream, got a list of prompts")
         return TokenStream(Generation(self, prompt, protect, max_new_tokens, do_sample, options), self.tokenizer)
+
+    def choose(
+        self, prompt: Prompt, protection: Protection, clock: StageClock, *, memory: SpeculatorMemory | None = None
+    ) -> PromptSelection:
+        """Which tokens the base reads of a prompt that `read` gave: known already, or the selector's answer."""
+        if self.selection_cache is None:
+            return self.selector.select(prompt, protection, clock, memory=memory)
+        return self.selection_cache.choose(
+            self._identity,
+            prompt,
+            protection,
+            clock,
+            self.base.device,
+            lambda: self.selector.select(prompt, protection, clock, memory=memory),
+            by_text=self._translates,
+        )
 
     def read(
         self, prompt: Any, protect: Any, template_options: Mapping[str, Any] | None, clock: StageClock
