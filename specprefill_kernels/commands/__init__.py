@@ -1,10 +1,11 @@
-"""specprefill demo | generate | select | show-config: one command, one file."""
+"""specprefill demo | generate | select | eval | show-config: one command, one file."""
 
 from __future__ import annotations
 
 import typer
 
 from specprefill_kernels.commands.demo import demo
+from specprefill_kernels.commands.evaluate import evaluate
 from specprefill_kernels.commands.generate import generate
 from specprefill_kernels.commands.select import select
 from specprefill_kernels.commands.show_config import show_config
@@ -17,3 +18,4 @@ app = typer.Typer(
 )
 for command in (demo, generate, select, show_config):
     app.command()(command)
+app.command("eval")(evaluate)

@@ -1,0 +1,121 @@
+"""Intervals against published and independently computed values, and what they must not do with few prompts."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from specprefill_kernels.quality.intervals import mean, newcombe, paired_difference, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 20, 0.0, 0.1611),
+        (20, 20, 0.8389, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_published_values(successes: int, count: int, low: float, high: float) -> None:
+    assert wilson(successes, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_bounds_solve_the_score_equation() -> None:
+    """A bound p is where |rate - p| = z sqrt(p (1 - p) / n): the definition, not the closed form."""
+    for bound in wilson(17, 40):
+        assert abs(17 / 40 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 40), rel=1e-6)
+
+
+@pytest.mark.parametrize(("successes", "count"), [(3, 2), (-1, 2), (0, 0)])
+def test_wilson_refuses_what_is_no_rate(successes: int, count: int) -> None:
+    with pytest.raises(ValueError, match="successes: expected"):
+        wilson(successes, count)
+
+
+def test_newcombe_gives_the_published_value() -> None:
+    assert newcombe(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+def test_newcombe_negates_when_the_methods_are_swapped() -> None:
+    low, high = newcombe(11, 7, 3, 9)
+    assert newcombe(11, 3, 7, 9) == pytest.approx((-high, -low))
+
+
+def test_newcombe_is_narrower_for_answers_that_agree() -> None:
+    """The same rates, 20 and 16 of 40; only how they go together differs."""
+    together, apart = newcombe(16, 4, 0, 20), newcombe(0, 20, 16, 4)
+    assert together[1] - together[0] < 0.6 * (apart[1] - apart[0])
+
+
+def test_newcombe_covers_the_true_difference() -> None:
+    """95% intervals of 20 prompts hold the truth in about 95% of 2,000 draws."""
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        cells = [0, 0, 0, 0]
+        for _ in range(20):
+            cells[rng.choices(range(4), (0.6, 0.2, 0.05, 0.15))[0]] += 1
+        low, high = newcombe(*cells)
+        held += low <= 0.15 <= high
+    assert 0.93 <= held / 2000 <= 0.985
+
+
+def test_equal_answers_of_few_prompts_leave_room_for_a_difference() -> None:
+    """A bootstrap would say exactly 0, and call any two prompts proof."""
+    few, many = paired_difference([1] * 5, [1] * 5), paired_difference([1] * 50, [1] * 50)
+    assert few.estimate == many.estimate == 0
+    assert few.low < -0.4
+    assert -0.1 < many.low < 0 < many.high < 0.1
+
+
+def test_right_and_wrong_get_score_intervals() -> None:
+    assert mean([1, 0, 1, 1]).method == "wilson"
+    assert (mean([1, 0, 1, 1]).low, mean([1, 0, 1, 1]).high) == wilson(3, 4)
+    difference = paired_difference([1, 1, 0, 1, 0], [1, 0, 0, 0, 1])
+    assert difference.method == "newcombe"
+    assert difference.estimate == pytest.approx(0.2)
+    assert (difference.low, difference.high) == newcombe(1, 2, 1, 1)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_for_many_prompts() -> None:
+    rng = random.Random(1)
+    scores = [rng.betavariate(2, 3) for _ in range(600)]
+    interval = mean(scores)
+    assert interval.method == "bootstrap"
+    centre = sum(scores) / 600
+    half = 1.96 * math.sqrt(sum((x - centre) ** 2 for x in scores) / 599 / 600)
+    assert interval.estimate == pytest.approx(centre)
+    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half), abs=0.06 * half)
+
+
+def test_bootstrap_is_paired_and_repeatable() -> None:
+    """A constant shift between prompts of very different difficulty is seen exactly: the pairs, not the two means."""
+    easy = [0.05 + 0.8 * i / 29 for i in range(30)]
+    shifted = [score + 0.1 for score in easy]
+    difference = paired_difference(shifted, easy)
+    assert (difference.low, difference.high) == pytest.approx((0.1, 0.1))
+    assert paired_difference(shifted, easy) == difference
+    assert paired_difference(easy, shifted).estimate == pytest.approx(-0.1)
+
+
+def test_bounds_stay_within_what_is_possible() -> None:
+    interval = mean([0.99, 1.0, 0.98, 0.2])
+    assert 0 <= interval.low < interval.estimate < interval.high <= 1
+    assert (mean([0.5]).low, mean([0.5]).high) == (0, 1)
+    assert (paired_difference([0.5], [0.25]).low, paired_difference([0.5], [0.25]).high) == (-1, 1)
+
+
+def test_scores_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="scores: expected at least one"):
+        mean([])
+    with pytest.raises(ValueError, match=r"first: expected scores in \[0, 1\], got 1.5"):
+        paired_difference([1.5], [1])
+    with pytest.raises(ValueError, match="second: expected 2 scores"):
+        paired_difference([1, 0], [1])
+    with pytest.raises(ValueError, match="got nan"):
+        mean([float("nan")])
