@@ -178,7 +178,7 @@ class _Sides(Capture):
     upper: PositionalAttention
 
     def __init__(self, configs: list[Any], wanted: range, last: int) -> None:
-        super().__init__(configs, frozenset(wanted), last)
+        super().__init__(configs, frozenset(wanted))
         self._last = last
         self._seen: set[int] = set()
 
