@@ -134,10 +134,10 @@ def test_a_chain_of_variables_leads_from_the_value_to_every_name(samples):
 def test_few_shot_labels_stand_for_one_category_each(samples):
     for seed in SEEDS:
         sample = samples["few_shot", seed]
-        pairs = re.findall(r"Sentence: (.+)\nLabel: (\w+)", sample.prompt)
+        pairs = re.findall(r'"(.+)" has the label (\w+)\.', sample.prompt)
         assert len({label for _, label in pairs}) == 6
         assert sum(label == sample.answers[0] for _, label in pairs) == len(sample.evidence) == 4
-        query = re.findall(r"Sentence: (.+)\nLabel:$", sample.prompt)
+        query = re.findall(r'have\? "(.+)" Answer', sample.prompt)
         assert len(query) == 1
         assert query[0] not in dict(pairs)
 

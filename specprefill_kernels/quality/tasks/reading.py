@@ -67,25 +67,29 @@ def few_shot(seed: int, tokens: int, tokenizer: Any, sources: Sources | None = N
     rng.shuffle(scenes)
     places = [rng.randrange(len(_SCENES)) for _ in range(1024)]
 
-    def example(word: str, number: int) -> str:
-        return f"Sentence: {_SCENES[places[number % len(places)]].format(word)}\n"
+    def example(word: str, number: int, label: str) -> str:
+        return f'"{sentence(word, number)}" has the label {label}.\n'
+
+    def sentence(word: str, number: int) -> str:
+        return _SCENES[places[number % len(places)]].format(word)
 
     def build(count: int) -> Draft:
-        draft = Draft("Each sentence has a label. Learn from the examples.\n\n")
+        draft = Draft("Each sentence has a label, which depends on the thing in it.\n\n")
         at = [int(depth * (count + 1)) for depth in depths]
         for index in range(count + 1):
             for number, (place, word) in enumerate(zip(at, shown)):
                 if place == index:
-                    draft.add(f"{example(word, -number - 1)}Label: {labels[asked]}\n\n", evidence=True)
+                    draft.add(example(word, -number - 1, labels[asked]), evidence=True)
             if index < count:
                 category, word = scenes[index % len(scenes)]
-                draft.add(f"{example(word, index)}Label: {labels[category]}\n\n")
-        return draft.add(
-            f"What is the label of the last sentence? Answer with the label only.\n{example(query, 500)}Label:"
+                draft.add(example(word, index, labels[category]))
+        question = (
+            f'\nQuestion: Which label does this sentence have? "{sentence(query, 500)}" Answer with the label only.'
         )
+        return draft.add(question)
 
     draft, count = fit(build, tokens, tokenizer)
-    return _finished("few_shot", seed, draft, [labels[asked]], 8, tokens, count)
+    return _finished("few_shot", seed, draft, [labels[asked]], 16, tokens, count)
 
 
 def multi_doc_qa(seed: int, tokens: int, tokenizer: Any, sources: Sources | None = None) -> Sample:
