@@ -18,6 +18,10 @@ from torch import Tensor
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
+class NoSpans(ValueError):
+    """A tokenizer does not know which characters its tokens stand for."""
+
+
 class Encoded(NamedTuple):
     """One text in one tokenizer's tokens.
 
@@ -40,7 +44,7 @@ def encode(tokenizer: Any, text: str, *, special: bool, name: str = "tokenizer")
         name: what an error calls the tokenizer.
 
     Raises:
-        ValueError: the tokenizer knows no spans, and its tokens do not decode to the text.
+        NoSpans: the tokenizer knows no spans, and its tokens do not decode to the text.
     """
     if not getattr(tokenizer, "is_fast", False):
         return _decoded(tokenizer, text, special, name)
@@ -92,7 +96,7 @@ def _decoded(tokenizer: Any, text: str, special: bool, name: str) -> Encoded:
     if joined.startswith(" ") and joined[1:] == text:
         joined, spans = text, (spans - 1).clamp(min=0)
     if front is None or joined != text:
-        raise ValueError(
+        raise NoSpans(
             f"{name}: expected a fast tokenizer, which knows each token's characters, or one whose tokens decode to "
             f"the text exactly; {type(tokenizer).__name__} does not"
         )

@@ -5,8 +5,11 @@ Protection counts in tokens: a role marker costs its own tokens, see `budgets`.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +17,20 @@ from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.budgets import spans_of_mask
+from specprefill_kernels.loop.offsets import NoSpans
 from specprefill_kernels.loop.prompts import Prompt, encoded_prompt
 from specprefill_kernels.loop.results import Span
+from specprefill_kernels.loop.template import (
+    TemplateText,
+    complement,
+    generation_prompt,
+    inserted_system_prompt,
+    is_system,
+    take_apart,
+    tool_definitions,
+)
+
+logger = logging.getLogger("specprefill_kernels")
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,99 @@ def find_protection(
     """
     seq_len = prompt.input_ids.shape[1]
     masks: dict[str, Tensor] = {}
+    notes: tuple[str, ...] = ()
+    chat = _Chat(prompt, tokenizer)
+    if config.protect == "template" and prompt.messages is not None:
+        try:
+            masks, notes = _template_masks(chat, config.turn_end_tokens)
+        except NoSpans as problem:
+            notes = (f"nothing of the chat template is protected: {problem}",)
     for index, span in enumerate(user_spans or ()):
-        mask = _user_mask(prompt, span, f"protect[{index}]", tokenizer, seq_len)
+        mask = _user_mask(chat, span, f"protect[{index}]", seq_len)
         masks["user"] = masks["user"] | mask if "user" in masks else mask
-    return _protection(masks, ())
+    for note in notes:
+        logger.warning("protect: %s", note)
+    return _protection(masks, notes)
+
+
+class _Chat:
+    """A prompt's text, its tokens' characters, and its template's parts: each found out once, when it is needed."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
+        self.prompt = prompt
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def encoded(self) -> tuple[str, Tensor]:
+        return encoded_prompt(self.prompt, self.tokenizer)
+
+    @cached_property
+    def parts(self) -> TemplateText:
+        return take_apart(self.prompt, self.tokenizer)
+
+    def tokens(self, ranges: Sequence[Span]) -> Tensor:
+        text, spans = self.encoded
+        return tokens_of(ranges, spans, len(text))
+
+
+def _template_masks(chat: _Chat, turn_end_tokens: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    text, spans = chat.encoded
+    prompt, tokenizer, parts = chat.prompt, chat.tokenizer, chat.parts
+    masks: dict[str, Tensor] = {}
+
+    def add(label: str, ranges: Sequence[Span]) -> None:
+        mask = tokens_of(ranges, spans, len(text))
+        masks[label] = masks[label] | mask if label in masks else mask
+
+    own = complement(parts.regions, len(text)) if parts.own is None else parts.own
+    inserted = inserted_system_prompt(prompt, tokenizer)
+    add("system", [(r.start, r.end) for r in parts.regions if is_system(r.slot)] + _within(own, inserted))
+    add("tools", _within(own, tool_definitions(prompt, tokenizer)))
+    if parts.own is not None:
+        add("markers", parts.own)
+    else:
+        special = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64)
+        masks["markers"] = torch.isin(prompt.input_ids[0], special)
+        answer = generation_prompt(prompt, tokenizer)
+        add("markers", [] if answer is None else [answer])
+    turns = [r for r in parts.regions if r.slot.role == "user"]
+    if turns and turn_end_tokens:
+        last = max(turns, key=lambda region: (region.slot.message, region.end))
+        add("turn end", [_turn_end(text, spans, (last.start, last.end), turn_end_tokens)])
+    return masks, parts.notes
+
+
+def _within(ranges: Sequence[Span], limit: Span | None) -> list[Span]:
+    if limit is None:
+        return []
+    cut = [(max(start, limit[0]), min(end, limit[1])) for start, end in ranges]
+    return [(start, end) for start, end in cut if start < end]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that were added to the vocabulary: what role markers are made of."""
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+# Where a long turn may be cut, best first: between paragraphs, lines, sentences.
+_BORDERS = tuple(map(re.compile, (r"\n\s*\n\s*", r"\n\s*", r"[.!?\u2026][\"')\]\u201d]*\s+|[\u3002\uff01\uff1f]")))
+
+
+def _turn_end(text: str, spans: Tensor, turn: Span, most: int) -> Span:
+    """The last `most` tokens of a turn at most, cut at the earliest border that leaves at least half of that."""
+    start, end = turn
+    inside = ((spans[:, 0] < end) & (spans[:, 1] > start)).nonzero()[:, 0]
+    if inside.numel() <= most:
+        return turn
+    # Tokens that share a character, as the bytes of an emoji do, come or go together.
+    first = max(int(spans[inside[-most], 0]), int(spans[inside[-most - 1], 1]))
+    tail = max(start, first - 16)  # a border may end right where the tokens begin
+    for border in _BORDERS:
+        for match in border.finditer(text, tail, end):
+            if first <= match.end() <= (first + end) // 2:
+                return match.end(), end
+    word = next((m.end() for m in re.compile(r"\s+").finditer(text, tail, end) if first <= m.end() < end), first)
+    return word, end
 
 
 def _protection(masks: Mapping[str, Tensor], notes: tuple[str, ...]) -> Protection:
@@ -77,13 +181,13 @@ def _protection(masks: Mapping[str, Tensor], notes: tuple[str, ...]) -> Protecti
     return Protection(union, spans_of_mask(union), parts, notes)
 
 
-def _user_mask(prompt: Prompt, span: Any, name: str, tokenizer: Any, seq_len: int) -> Tensor:
+def _user_mask(chat: _Chat, span: Any, name: str, seq_len: int) -> Tensor:
     if isinstance(span, (str, Characters)):
-        if prompt.text is None:
+        if chat.prompt.text is None:
             raise ValueError(f"{name}: expected (start, end) token spans where the prompt came as ids, got {span!r}")
-        text, spans = encoded_prompt(prompt, tokenizer)
-        ranges = _occurrences(text, span, name) if isinstance(span, str) else _characters(text, span, name)
-        mask = tokens_of(ranges, spans, len(text))
+        text, _ = chat.encoded
+        ranges = _occurrences(text, span, name) if isinstance(span, str) else _characters(chat, text, span, name)
+        mask = chat.tokens(ranges)
         if not bool(mask.any()):
             raise ValueError(f"{name}: expected characters that have tokens, got {span!r}")
         return mask
@@ -123,8 +227,41 @@ def _occurrences(text: str, passage: str, name: str) -> list[Span]:
     return found
 
 
-def _characters(text: str, characters: Characters, name: str) -> list[Span]:
-    start, end = characters.start, characters.end
-    if not 0 <= start < end <= len(text):
-        raise ValueError(f"{name}: expected 0 <= start < end <= {len(text)} characters, got ({start}, {end})")
-    return [(start, end)]
+def _characters(chat: _Chat, text: str, wanted: Characters, name: str) -> list[Span]:
+    start, end = wanted.start, wanted.end
+    if wanted.message is None:
+        _check_range(start, end, len(text), name)
+        return [(start, end)]
+    messages = chat.prompt.messages
+    if messages is None:
+        raise ValueError(f"{name}: expected message=None for a prompt that is no chat, got {wanted.message}")
+    if not -len(messages) <= wanted.message < len(messages):
+        raise ValueError(f"{name}: expected a message in [-{len(messages)}, {len(messages)}), got {wanted.message}")
+    index = wanted.message % len(messages)
+    content = messages[index].get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"{name}: expected a message whose content is text, got {type(content).__name__}")
+    _check_range(start, end, len(content), name)
+    found = []
+    for region in chat.parts.regions:
+        if region.slot.message == index and region.slot.path == ("content",):
+            written = text[region.start : region.end]
+            # A template may strip a content; what is left stands in it as it was.
+            shift = content.find(written)
+            if shift < 0 or content.find(written, shift + 1) >= 0:
+                raise ValueError(
+                    f"{name}: expected a message that the chat template writes as it is, but it changes message "
+                    f"{index}; give a passage or characters of the rendered text"
+                )
+            low, high = max(start - shift, 0), min(end - shift, len(written))
+            if low < high:
+                found.append((region.start + low, region.start + high))
+    if not found:
+        raise ValueError(f"{name}: expected characters that the chat template writes, got {wanted!r}")
+    return found
+
+
+def _check_range(start: Any, end: Any, length: int, name: str) -> None:
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (start, end))
+    if not whole or not 0 <= start < end <= length:
+        raise ValueError(f"{name}: expected 0 <= start < end <= {length} characters, got ({start}, {end})")
