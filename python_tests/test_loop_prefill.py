@@ -10,7 +10,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop.attention import PREFIX
-from specprefill_kernels.loop.prefill import BaseRun
+from specprefill_kernels.loop.prefill import BaseRun, PositionalAttention
 from specprefill_kernels.loop.speculator import Speculator
 
 KEPT = torch.cat([torch.arange(0, 20), torch.arange(37, 60), torch.arange(118, PROMPT)])
@@ -44,6 +44,65 @@ def test_gapped_prefill_and_decode_equal_a_mask_by_position(family):
 def test_eager_gives_the_same(family):
     model, ids = build(family, attn="eager"), prompt()
     torch.testing.assert_close(run_sparse(model, ids, 3), run_by_hand(model, ids, 3), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("attn", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefill_may_come_in_pieces(family, attn):
+    """Several queries behind a cache: SDPA's own is_causal would count from the first key."""
+    model, ids = build(family, attn=attn), prompt()
+    run, cut = BaseRun(model, PROMPT, sparse=True), 31  # 31 falls into the second kept span
+    run.prefill(ids[:, KEPT[:cut]], KEPT[:cut])
+    logits = run.prefill(ids[:, KEPT[cut:]], KEPT[cut:])
+    torch.testing.assert_close(logits, run_by_hand(model, ids, 1), atol=2e-4, rtol=2e-4)
+
+
+class Watched:
+    """Stands in for a model's attention function: notes the mask that arrives."""
+
+    def __init__(self):
+        self.masks = []
+
+    def __call__(self, module, query, key, value, attention_mask, **kwargs):
+        self.masks.append(attention_mask)
+        return query, None
+
+
+@pytest.mark.parametrize(
+    ("implementation", "queries", "keys", "masked"),
+    [
+        ("sdpa", 5, 5, False),
+        ("sdpa", 1, 9, False),
+        ("sdpa", 5, 9, True),
+        ("eager", 1, 9, False),
+        ("eager", 5, 5, True),
+        ("eager", 5, 9, True),
+        ("flash_attention_2", 5, 9, False),
+        ("kernels-community/flash-attn", 5, 5, False),
+    ],
+)
+@pytest.mark.parametrize("wrong_size", [False, True])
+def test_a_mask_is_made_only_where_attention_is_not_causal_by_itself(implementation, queries, keys, masked, wrong_size):
+    """A mask of the wrong size is Transformers', measured on another layer's cache."""
+    watched, positions = Watched(), torch.arange(100, 100 + keys)
+    handler = PositionalAttention(implementation, positions[keys - queries :], positions, 200)
+    given = torch.ones(1, 1, queries, keys + 3, dtype=torch.bool) if wrong_size else None
+    handler(watched, None, torch.zeros(1, 2, queries, 4), torch.zeros(1, 2, keys, 4), None, given)
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    (mask,) = watched.masks
+    if not masked:
+        assert mask is None
+    elif implementation == "eager":
+        assert torch.equal(mask[0, 0] == 0, seen)
+    else:
+        assert torch.equal(mask[0, 0], seen)
+
+
+def test_a_mask_of_the_right_size_is_passed_on():
+    watched, positions, given = Watched(), torch.arange(5), torch.zeros(1, 1, 5, 5)
+    query = torch.zeros(1, 2, 5, 4)
+    PositionalAttention("eager", positions, positions, 5)(watched, None, query, query, query, given)
+    assert watched.masks[0] is given
 
 
 def test_without_a_cache_gaps_would_be_read_as_packed_sequences():
