@@ -17,6 +17,7 @@ from loop_models import (
     pipeline,
     prompt,
 )
+from test_loop_continuing import by_hand
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from specprefill_kernels.loop import SpecPrefill
+from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 from specprefill_kernels.loop.decoding import decode, plan_decoding
 from specprefill_kernels.loop.prefill import BaseRun
 
@@ -267,11 +269,64 @@ def test_self_layers_need_no_second_model(family):
     del calls[:]
     result = sp.generate(prompt(), 2)
     assert result.mode == "sparse"
-    assert calls == [0, 1, 2] + [0, 1, 2, 3] * 2
+    assert calls == [0, 1, 2, 3] * 2  # one forward of the prompt, one of the first token: no second pass
+    assert set(result.seconds) == {"tokenize", "speculator_prefill", "score", "select", "base_prefill", "decode"}
     assert pipeline(family, self_layers=3).select(prompt()).scored_layers == (0, 1, 2)
 
 
-@pytest.mark.parametrize("self_layers", [(2, 1), (0, 4), (-1, 2), 0, 5, (1,), "12", True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_continuing_layers_answer_as_called_by_hand(family):
+    """The selection of `select`, and then every layer by hand: the lower two over all tokens, the upper two over it."""
+    sp, ids = pipeline(family, self_layers=(0, 1)), prompt()
+    result = sp.generate(ids, 4)
+    assert torch.equal(result.selection.kept_indices, sp.select(ids).kept_indices)
+    assert result.kept_tokens < PROMPT
+    kept, answer = result.selection.kept_indices, []
+    for step in range(4):
+        answer.append(int(by_hand(sp.base, ids, 1, kept).argmax()))
+        ids = torch.cat([ids, torch.tensor([answer[-1:]])], dim=1)
+        kept = torch.cat([kept, torch.tensor([PROMPT + step])])
+    assert list(result.tokens) == answer
+
+
+def test_continuing_layers_run_dense_where_nothing_can_be_scored():
+    sp, ids = pipeline("mistral", self_layers=(0, 1), window="skip"), prompt()
+    result = sp.generate(ids, 6)
+    assert (result.mode, result.kept_tokens) == ("dense", PROMPT)
+    assert "sliding window" in result.reason
+    assert list(result.tokens) == ordinary(sp.base, ids, 6, do_sample=False)
+    assert sp.generate(prompt(20), 2).mode == "sparse"  # now its window is long enough
+
+
+def test_costs_decide_between_dense_and_sparse():
+    """One model on both sides never pays; a base a hundred times as slow always does. Both times are in the result."""
+    base, ids = build("llama", seed=7), prompt()
+    speculator, settings = build("llama", seed=3), config()
+    identity = identity_of(base, speculator, settings)
+    for slower, mode in ((1.0, "dense"), (100.0, "sparse")):
+        costs = CostModel(PrefillCost(per_token=slower * 1e-3), PrefillCost(per_token=1e-3), identity=identity)
+        result = SpecPrefill(base, speculator, settings, costs=costs).generate(ids, 2)
+        assert result.mode == mode
+        prediction = result.selection.prediction
+        assert prediction.full == pytest.approx(slower * PROMPT * 1e-3)
+        assert prediction.pays == (mode == "sparse")
+        assert ("would not pay" in result.reason) == (mode == "dense")
+    with pytest.raises(ValueError, match=r"^costs: expected costs measured with"):
+        SpecPrefill(base, base, settings.replace(look_ahead=2), costs=costs)
+
+
+def test_costs_decide_for_continuing_layers_too():
+    base, ids, settings = build("llama", seed=7), prompt(), config()
+    identity = identity_of(base, None, settings.replace(queries="observation_window"), (0, 1))
+    each = PrefillCost(per_token=1e-3)
+    for lower, mode in ((each.scaled(0.5), "sparse"), (each.scaled(2.0), "dense")):
+        costs = CostModel(each, lower=lower, upper=each.scaled(0.5), identity=identity)
+        result = SpecPrefill(base, None, settings, self_layers=(0, 1), costs=costs).generate(ids, 2)
+        assert result.mode == mode
+        assert result.selection.prediction is not None
+
+
+@pytest.mark.parametrize("self_layers", [(2, 1), (0, 3), (-1, 2), 0, 4, (1,), "12", True])
 def test_wrong_self_layers_are_refused(self_layers):
     with pytest.raises(ValueError, match=r"^self_layers: "):
         pipeline(self_layers=self_layers)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from specprefill_kernels.loop.clock import StageClock
+from specprefill_kernels.loop.continuing import ContinuingRun
 from specprefill_kernels.loop.decoding import PieceDecoder, decode, plan_decoding
 from specprefill_kernels.loop.plain import generate_plainly
 from specprefill_kernels.loop.prefill import BaseRun
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
+from specprefill_kernels.loop.scoring import Captured
+from specprefill_kernels.loop.support import num_layers
 
 if TYPE_CHECKING:
+    from specprefill_kernels.loop.capture import LayerCapture
     from specprefill_kernels.loop.pipeline import SpecPrefill
     from specprefill_kernels.loop.prompts import Prompt
     from specprefill_kernels.loop.protection import Protection
@@ -46,6 +51,7 @@ class Generation:
         self._generated: list[int] = []
         self._selection: PromptSelection | None = None
         self._prefilled = 0
+        self._continues = owner.continuing_layers is not None
 
     def tokens(self) -> Iterator[int]:
         """Run, token by token. The caller's own time between two tokens is not counted."""
@@ -67,13 +73,45 @@ class Generation:
         """Select and prefill, and hand out the tokens that follow."""
         owner, clock = self._owner, self._clock
         input_ids = prompt.input_ids.to(owner.base.device)
-        self._selection = selection = self._select(prompt, protection)
+        selection = owner.selector.dense_selection(prompt, protection, clock) if self._continues else None
+        if self._continues and selection is None:
+            return self._prefill_continuing(prompt, protection, input_ids)
+        self._selection = selection = self._select(prompt, protection) if selection is None else selection
         with clock.stage("base_prefill"):
             if owner.base_problem is not None:
                 return generate_plainly(owner.base, input_ids, **self._decode_options())
             plan = plan_decoding(owner.base, input_ids, **self._decode_options())
             logits, step = self._prefill_kept(input_ids, selection)
             return decode(plan, input_ids, logits, step)
+
+    def _prefill_continuing(self, prompt: Prompt, protection: Protection, input_ids: Tensor) -> Iterator[int]:
+        """Selection in the middle of the base's one forward: the stages' names are those of a second model's."""
+        owner, clock, config = self._owner, self._clock, self._owner.config
+        assert owner.continuing_layers is not None
+        run = ContinuingRun(
+            owner.base,
+            owner.continuing_layers,
+            rows=config.look_ahead,
+            room=self._max_new_tokens,
+            prefill_chunk=config.prefill_chunk,
+        )
+        captured = partial(
+            Captured,
+            seq_len=input_ids.shape[1],
+            num_layers=num_layers(owner.base),
+            prompt_rows=config.look_ahead,
+            look_ahead=1,
+        )
+
+        def choose(layers: dict[int, LayerCapture]) -> Tensor:
+            self._selection = selection = owner.selector.select_captured(prompt, protection, captured(layers), clock)
+            clock.switch("base_prefill")
+            return selection.kept_indices
+
+        with clock.stage("speculator_prefill"):
+            plan = plan_decoding(owner.base, input_ids, **self._decode_options())
+            logits = run.prefill(input_ids, choose)
+        return decode(plan, input_ids, logits, run.step)
 
     def _select(self, prompt: Prompt, protection: Protection) -> PromptSelection:
         return self._owner.choose(prompt, protection, self._clock)

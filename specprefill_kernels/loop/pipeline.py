@@ -6,6 +6,7 @@ from typing import Any
 
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.clock import StageClock
+from specprefill_kernels.loop.costs import CostModel, identity_of
 from specprefill_kernels.loop.generation import Generation, TokenStream
 from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.prompts import Prompt, TokenBridge, is_batch, read_prompt, same_tokens
@@ -14,7 +15,13 @@ from specprefill_kernels.loop.results import PromptSelection
 from specprefill_kernels.loop.selecting import Selector
 from specprefill_kernels.loop.selection_cache import SelectionCache, identity
 from specprefill_kernels.loop.speculator import Speculator
-from specprefill_kernels.loop.support import base_problem, num_layers, speculator_problem
+from specprefill_kernels.loop.support import (
+    base_problem,
+    check_continuing_layers,
+    continuing_problem,
+    num_layers,
+    speculator_problem,
+)
 
 logger = logging.getLogger("specprefill_kernels")
 
@@ -39,8 +46,11 @@ class SpecPrefill:
         config: see `SpecPrefillConfig`; default: the paper's.
         tokenizer: the base's; needed for prompts of text or messages, and for text in results.
         speculator_tokenizer: the speculator's, if it has other tokens than the base.
-        self_layers: (first, last), both included, of the base's own layers to score: no second model. Queries are then
-            the last `look_ahead` prompt rows, and the scoring pass stops after layer `last`. An int n means (0, n - 1).
+        self_layers: (first, last), both included, of the base's own layers to score: no second model and no second
+            pass. Layers 0 to `last` read the whole prompt, the last `look_ahead` prompt rows are the queries, and the
+            layers above go on with the kept tokens alone (see `ContinuingRun`). An int n means (0, n - 1).
+        costs: measured costs of both ways (`CostModel.measure`); a prompt for which speculative prefill would take
+            longer than a full one then runs dense, and `reason` gives both predicted times. None: no such check.
         selection_cache: a prompt whose selection it holds runs no speculator; see `SelectionCache`.
 
     Raises:
@@ -62,6 +72,7 @@ class SpecPrefill:
         tokenizer: Any = None,
         speculator_tokenizer: Any = None,
         self_layers: int | tuple[int, int] | None = None,
+        costs: CostModel | None = None,
         selection_cache: SelectionCache | None = None,
     ) -> None:
         config = SpecPrefillConfig() if config is None else config
@@ -86,26 +97,37 @@ class SpecPrefill:
             config = config.replace(queries="observation_window")
         scorer = base if speculator is None else speculator
         self.base_problem = base_problem(base)
-        problem = _problem(base, scorer)
+        problem = _problem(base, scorer, layer_range is not None)
         if problem is not None:
             logger.warning("every prompt will run dense: %s", problem)
         self.base = base
         self.config = config
         self.tokenizer = tokenizer
+        self.continuing_layers = layer_range
         self._devices = (base.device, scorer.device)
+        if costs is not None:
+            costs.check(identity_of(base, speculator, config, layer_range))
         self.selector = Selector(
             None if problem is not None else Speculator(scorer, config, layer_range),
             bridge,
             config,
             problem,
             base.device,
+            costs,
         )
         self.selection_cache = selection_cache
         self._translates = bridge is not None
         tokenizers = (tokenizer, speculator_tokenizer) if self._translates else ()
         self._identity = identity(scorer, config, layer_range, problem, *tokenizers)
 
-    def select(self, prompt: Any, protect: Any = None, *, template_options: Mapping[str, Any] | None = None) -> Any:
+    def select(
+        self,
+        prompt: Any,
+        protect: Any = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        per_layer: bool = False,
+    ) -> Any:
         """Which tokens the base would read, without running it.
 
         Args:
@@ -114,15 +136,20 @@ class SpecPrefill:
                 system prompt, tool definitions), in all their occurrences. For a list of prompts, one such list (or
                 None) per prompt.
             template_options: for chat messages, what the chat template takes: {"tools": [...]}.
+            per_layer: also give each scored layer's own importance, `layer_importance`; a `SelectionCache` has none and
+                is not asked.
 
         Returns:
             A `PromptSelection`, or a list of them for a list of prompts.
         """
         if is_batch(prompt):
             spans = _protect_each(protect, len(prompt))
-            return [self.select(one, keep, template_options=template_options) for one, keep in zip(prompt, spans)]
+            options: dict[str, Any] = {"template_options": template_options, "per_layer": per_layer}
+            return [self.select(one, keep, **options) for one, keep in zip(prompt, spans)]
         clock = StageClock(*self._devices)
         read, protection = self.read(prompt, protect, template_options, clock)
+        if per_layer:
+            return self.selector.select(read, protection, clock, per_layer=True)
         return self.choose(read, protection, clock)
 
     def generate(
@@ -189,8 +216,8 @@ class SpecPrefill:
             return read, find_protection(read, protect, self.tokenizer, self.config)
 
 
-def _problem(base: Any, scorer: Any) -> str | None:
-    problem = base_problem(base)
+def _problem(base: Any, scorer: Any, continues: bool) -> str | None:
+    problem = continuing_problem(base) if continues else base_problem(base)
     if problem is not None:
         return f"unsupported base ({type(base).__name__}): {problem}"
     problem = speculator_problem(scorer)
@@ -200,9 +227,9 @@ def _problem(base: Any, scorer: Any) -> str | None:
 def _layer_range(self_layers: int | tuple[int, int], count: int) -> tuple[int, int]:
     span: Any = (0, self_layers - 1) if type(self_layers) is int else self_layers
     whole = isinstance(span, Sequence) and len(span) == 2 and all(type(layer) is int for layer in span)
-    if not whole or not 0 <= span[0] <= span[1] < count:
-        raise ValueError(f"self_layers: expected 0 <= first <= last < {count}, got {self_layers!r}")
-    return span[0], span[1]
+    if not whole:
+        raise ValueError(f"self_layers: expected an int or a pair (first, last), got {self_layers!r}")
+    return check_continuing_layers((span[0], span[1]), count)
 
 
 def _protect_each(protect: Any, count: int) -> list[Any]:

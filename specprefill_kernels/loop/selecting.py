@@ -21,7 +21,8 @@ from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.prompts import Crossing, Prompt, TokenBridge
 from specprefill_kernels.loop.protection import Protection
 from specprefill_kernels.loop.results import PromptSelection
-from specprefill_kernels.loop.speculator import NothingToScore, Speculation, Speculator
+from specprefill_kernels.loop.scoring import Captured, NothingToScore, Speculation, score_captured
+from specprefill_kernels.loop.speculator import Speculator
 
 if TYPE_CHECKING:
     from specprefill_kernels.loop.costs import CostModel, Prediction
@@ -90,6 +91,26 @@ class Selector:
             except NothingToScore as problem:
                 reason = str(problem)
         return self._dense(prompt, protection, reason, clock, prediction)
+
+    def dense_selection(self, prompt: Prompt, protection: Protection, clock: StageClock) -> PromptSelection | None:
+        """The whole prompt, where that is clear before anything is scored; else None."""
+        reason, prediction = self.dense_reason(prompt, protection), None
+        if reason is None and self._costs is not None:
+            prediction, reason = self._predict(prompt, protection, self._cross(prompt, clock))
+        return None if reason is None else self._dense(prompt, protection, reason, clock, prediction)
+
+    def select_captured(
+        self, prompt: Prompt, protection: Protection, captured: Captured, clock: StageClock
+    ) -> PromptSelection:
+        """`select` where the base's own lower layers were captured already; `dense_selection` said None before."""
+        prediction = None if self._costs is None else self._predict(prompt, protection, None)[0]
+        try:
+            with clock.stage("score"):
+                speculation = score_captured(captured, self._config)
+        except NothingToScore as problem:
+            return self._dense(prompt, protection, str(problem), clock, prediction)
+        selection = self.choose(prompt, protection, speculation, clock, prediction=prediction)
+        return selection if prediction is None else self._predicted_again(selection, None)
 
     def dense_reason(self, prompt: Prompt, protection: Protection) -> str | None:
         """Why this prompt needs no speculator at all; None when it does."""
@@ -208,9 +229,7 @@ class Selector:
         # How much keep_mass keeps is known after scoring; even its least must pay.
         fewest = max(config.chunk_size if budget is None else budget, protected)
         prediction = self._costs.predict(seq_len, min(fewest, seq_len), _speculator_tokens(seq_len, crossing))
-        if prediction.full > prediction.sparse:
-            return prediction, None
-        return prediction, f"sparse prefill would not pay: {_both(prediction)}"
+        return prediction, None if prediction.pays else f"sparse prefill would not pay: {prediction.text}"
 
     def _predicted_again(self, selection: PromptSelection, crossing: Crossing | None) -> PromptSelection:
         """With the tokens that keep_mass really kept.
@@ -224,8 +243,8 @@ class Selector:
         seq_len = selection.prompt_tokens
         prediction = self._costs.predict(seq_len, selection.kept_tokens, _speculator_tokens(seq_len, crossing))
         reason = selection.reason
-        if prediction.full <= prediction.sparse:
-            reason += f"; known after scoring: sparse prefill did not pay, {_both(prediction)}"
+        if not prediction.pays:
+            reason += f"; known after scoring: sparse prefill did not pay, {prediction.text}"
         return replace(selection, prediction=prediction, reason=reason)
 
     def _speculate(
@@ -297,10 +316,6 @@ def _overflow(must_keep: Tensor | None, config: SpecPrefillConfig, seq_len: int)
     if must_keep is None:
         return f"; {forced} exceed {budget}"
     return f"; {int(must_keep.sum())} tokens that must survive and {forced} exceed {budget}"
-
-
-def _both(prediction: Prediction) -> str:
-    return f"predicted {prediction.full:.3g} s for a full prefill, {prediction.sparse:.3g} s with the speculator"
 
 
 def _with_notes(reason: str, protection: Protection) -> str:
