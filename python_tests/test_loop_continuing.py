@@ -6,12 +6,11 @@ import threading
 
 import pytest
 import torch
-from loop_models import FAMILIES, PROMPT, SLIDING, VOCAB, build, ordinary, prompt
-from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2LMHeadModel
+from loop_models import FAMILIES, PROMPT, SLIDING, build, ordinary, prompt
+from transformers import AttentionInterface, DynamicCache
 
 from specprefill_kernels.loop.attention import PREFIX
 from specprefill_kernels.loop.continuing import ContinuingRun
-from specprefill_kernels.loop.support import check_continuing_layers, continuing_problem, decoder_layers
 
 KEPT = torch.cat([torch.arange(0, 20), torch.arange(37, 60), torch.arange(118, PROMPT)])
 LAYERS = 4
@@ -292,13 +291,6 @@ def test_full_attention_keeps_is_causal():
     assert masks == [None] * 3 * LAYERS
 
 
-def test_models_that_reshape_to_the_prompts_length_are_refused():
-    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 2, "eos_token_id": None, "bos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(**sizes))
-    with pytest.raises(ValueError, match=r"^model: .*as many tokens after the last layer as before"):
-        ContinuingRun(model, (0, 0))
-
-
 class PositionalBlock(torch.nn.Module):
     """A decoder layer that takes everything by position, as GPT-2's blocks do."""
 
@@ -363,15 +355,6 @@ def test_int32_positions_do():
     assert torch.equal(run(model, ids, 2, kept=KEPT.to(torch.int32))[0], run(model, ids, 2)[0])
 
 
-@pytest.mark.parametrize(("layers", "error"), [((1, 3), "last < 3"), ((0, 9), "last < 3"), ((2, 1), "0 <= first")])
-def test_layers_must_be_left_to_go_on(layers, error):
-    with pytest.raises(ValueError, match=f"^self_layers: expected .*{error}"):
-        ContinuingRun(build("llama"), layers)
-    with pytest.raises(ValueError, match=r"^self_layers: "):
-        check_continuing_layers(layers, LAYERS)
-    assert check_continuing_layers((1, 2), LAYERS) == (1, 2)
-
-
 def test_a_run_is_one_prompt():
     sut = ContinuingRun(build("llama"), (0, 1))
     with pytest.raises(RuntimeError, match=r"^step: expected a prefill"):
@@ -379,28 +362,6 @@ def test_a_run_is_one_prompt():
     sut.prefill(prompt(), keep())
     with pytest.raises(RuntimeError, match=r"^prefill: expected one call"):
         sut.prefill(prompt(), keep())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoder_layers_are_found(family):
-    model = build(family)
-    assert decoder_layers(model) == list(model.model.layers)
-    assert continuing_problem(model) is None
-
-
-def test_lists_of_experts_are_not_taken_for_layers():
-    model = build("llama")
-    for layer in model.model.layers:
-        layer.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(LAYERS))
-    assert decoder_layers(model) == list(model.model.layers)
-
-
-def test_shared_layers_are_a_problem():
-    model = build("llama")
-    model.model.layers[3] = model.model.layers[2]
-    assert "decoder layers" in continuing_problem(model)
-    with pytest.raises(ValueError, match=r"^model: expected one whose upper layers"):
-        ContinuingRun(model, (0, 1))
 
 
 def test_windows_bind_in_these_models():
