@@ -84,8 +84,10 @@ class RecordFile:
         size = 0
         if resume and path.exists():
             found, self.records, size, self.dropped_line = _read(path)
-            if found is not None:
+            if found is not None and self.records:
                 _same_setting(path, found, self.setting)
+            elif not self.records:
+                size = 0  # a setting without results binds nobody
         self._file = path.open("r+b" if size else "wb")
         self._file.truncate(size)
         self._file.seek(size)
