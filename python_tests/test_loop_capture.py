@@ -24,7 +24,7 @@ def implementations(model):
 @torch.no_grad()
 def test_captured_queries_and_keys_are_post_rope():
     model, ids = build("llama"), prompt()
-    capture = Capture(attention_configs(model), None, 3)
+    capture = Capture(attention_configs(model), None)
     hidden = {}
     hooks = [
         layer.self_attn.register_forward_pre_hook(
@@ -53,7 +53,7 @@ def test_captured_queries_and_keys_are_post_rope():
 def test_output_is_the_models_own():
     model, ids = build("gemma2"), prompt()
     plain = model(input_ids=ids, use_cache=False).logits
-    capture = Capture(attention_configs(model), None, 3)
+    capture = Capture(attention_configs(model), None)
     with capture.running(1):
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
     assert [(layer.softcap, layer.window) for layer in capture.layers.values()] == [(5.0, 24), (5.0, None)] * 2
@@ -116,7 +116,7 @@ def test_the_implementation_comes_back_after_an_exception():
 def test_another_thread_is_not_captured():
     """The handler belongs to the thread that set it, even on the same model."""
     model, ids = build("llama"), prompt()
-    capture = Capture(attention_configs(model), None, 3)
+    capture = Capture(attention_configs(model), None)
     result = {}
 
     def other():

@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PREFIX = "specprefill|"
 
 # handler(ordinary, module, query, key, value, attention_mask, **kwargs) -> (output, weights or None); `ordinary` is the
-# attention function that the model would have called, with the same arguments from `module` on.
+# attention function that the model would have called, with the same arguments from `module` on. Where a handler's
+# attribute `unmasked` names the implementation, the handler makes the masks and the model builds none.
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Handler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -82,12 +83,19 @@ def _dispatch(implementation: str, module: torch.nn.Module, *args: Any, **kwargs
     return handler(ordinary, module, *args, **kwargs)
 
 
+def _mask(implementation: str, *args: Any, **kwargs: Any) -> Any:
+    # Asked by thread, as the handler is: another thread's forward of this model needs its masks.
+    if implementation in getattr(_handler.get(), "unmasked", ()):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+
+
 def _register(implementation: str) -> str:
     name = PREFIX + implementation
     AttentionInterface.register(name, partial(_dispatch, implementation))
     # Without a mask function under the same name the model would build no mask at all.
     if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        AttentionMaskInterface.register(name, partial(_mask, implementation))
     return name
 
 
@@ -99,6 +107,12 @@ def attention_configs(model: torch.nn.Module) -> list[PretrainedConfig]:
         if isinstance(config, PretrainedConfig):
             found.setdefault(id(config), config)
     return list(found.values())
+
+
+def implementation_under(module: torch.nn.Module) -> str:
+    """The attention implementation that this module would run without a handler."""
+    config: Any = module.config
+    return (config._attn_implementation or "eager").removeprefix(PREFIX)
 
 
 def implementation_of(model: Any) -> str:

@@ -5,7 +5,7 @@ is ever formed. Queries are the last rows of each call; the key tensor is the on
 is the cache's own tensor, so keys are never copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from specprefill_kernels.loop.attention import Attention, attention_handler
+from specprefill_kernels.loop.attention import Attention, attention_handler, implementation_under
+from specprefill_kernels.loop.chunks import IMPLEMENTATIONS, chunk_attention
 
 
 @dataclass
@@ -38,25 +39,36 @@ class Capture:
     Args:
         configs: the model's `attention_configs`.
         layers: indices to collect; None for every layer that calls attention.
-        last_layer: the last index that can be needed; a forward with `stop=True` ends there, before that layer's
-            attention runs.
     """
 
-    def __init__(self, configs: list[PretrainedConfig], layers: frozenset[int] | None, last_layer: int) -> None:
+    def __init__(self, configs: list[PretrainedConfig], layers: frozenset[int] | None) -> None:
         self.layers: dict[int, LayerCapture] = {}
         self._configs = configs
         self._wanted = layers
-        self._last_layer = last_layer
         self._rows = 1
-        self._stop = False
+        self._stop_at: int | None = None
+        self.unmasked: tuple[str, ...] = ()  # read by the mask functions, see attention.py
+        self._done: Callable[[int], None] | None = None
 
     @contextmanager
-    def running(self, rows: int, *, stop: bool = False) -> Iterator[None]:
-        """One forward whose last `rows` query rows count. With `stop` the forward ends after the last layer needed.
+    def running(
+        self,
+        rows: int,
+        *,
+        stop_at: int | None = None,
+        behind: bool = False,
+        done: Callable[[int], None] | None = None,
+    ) -> Iterator[None]:
+        """One forward whose last `rows` query rows count; 0 collects nothing.
 
-        A stopped forward returns nothing: the `with` block ends where it was called. Modules are not touched.
+        Args:
+            stop_at: the forward ends at this layer, before its attention runs; its keys are in the cache by then. A
+                stopped forward returns nothing: the `with` block ends where it was called. Modules are not touched.
+            behind: the forward reads several tokens behind those in a cache, with masks made here.
+            done: called with each layer's index when its keys and values will not be read from the cache again.
         """
-        self._rows, self._stop = rows, stop
+        self._rows, self._stop_at, self._done = rows, stop_at, done
+        self.unmasked = IMPLEMENTATIONS if behind else ()
         try:
             with attention_handler(self._configs, self):
                 yield
@@ -74,10 +86,15 @@ class Capture:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         layer: int | None = getattr(module, "layer_idx", None)
-        if layer is not None and (self._wanted is None or layer in self._wanted):
-            self._record(layer, query, key, kwargs)
-        if self._stop and layer == self._last_layer:
-            raise _ForwardDone
+        if layer is not None:
+            if self._rows and (self._wanted is None or layer in self._wanted):
+                self._record(layer, query, key, kwargs)
+            if self._done is not None:
+                self._done(layer)
+            if layer == self._stop_at:
+                raise _ForwardDone
+        if self.unmasked and implementation_under(module) in self.unmasked:
+            return chunk_attention(ordinary, module, query, key, value, **kwargs)
         return ordinary(module, query, key, value, attention_mask, **kwargs)
 
     def _record(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:

@@ -5,19 +5,29 @@
     score   -> one call of score_layers_ over all layers, one of finalize_importance
 
 With `queries="observation_window"` the rows are the last N prompt tokens' instead: nothing is decoded, and the forward
-stops after the last layer that is scored. The same pass over the base's own lower layers needs no second model.
+stops after the last layer that is scored; with "both" the rows are those and the decoded ones. The same pass over the
+base's own lower layers needs no second model.
+
+A prompt longer than `prefill_chunk` is read in several forwards, which leave their keys and values in a cache, so that
+activations are as large as a chunk asks. All but the last forward end at the top layer that is needed, before its
+attention runs. Where nothing is decoded, a layer's cache goes as soon as the last forward has passed it, but for the
+keys that will be scored.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.attention import attention_configs
-from specprefill_kernels.loop.cache import full_cache
+from specprefill_kernels.loop.cache import full_cache, layers_of
 from specprefill_kernels.loop.capture import Capture
+from specprefill_kernels.loop.chunks import chunk_lengths
 from specprefill_kernels.loop.clock import StageClock
+from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.scoring import (
     Captured,
     NothingToScore,
@@ -48,16 +58,27 @@ class Speculator:
         self._configs = attention_configs(model)
         self._layers = _wanted_layers(config.score_layers, layer_range, self._num_layers)
         self._last_layer = self._num_layers - 1 if self._layers is None else max(self._layers)
+        # Layers that a prompt runs through: decoding needs them all.
+        self._depth = self._num_layers if look_ahead_rows(config) > 1 else self._last_layer + 1
         self._eos = _eos_ids(model)
         self._head = head_options(model)
         self._context = context_length(model)
 
-    def score(self, input_ids: Tensor, clock: StageClock | None = None, *, per_layer: bool = False) -> Speculation:
+    def score(
+        self,
+        input_ids: Tensor,
+        clock: StageClock | None = None,
+        *,
+        memory: SpeculatorMemory | None = None,
+        per_layer: bool = False,
+    ) -> Speculation:
         """Importance of each token of one prompt.
 
         Args:
             input_ids: [1, T] on the model's device.
             clock: takes the seconds of "speculator_prefill", "look_ahead" and "score".
+            memory: of an earlier prompt: the tokens that both begin with are not computed again. Stands for this prompt
+                afterwards.
             per_layer: also give the importance by each layer alone.
 
         Raises:
@@ -65,54 +86,84 @@ class Speculator:
                 attention was never called.
         """
         clock = clock or StageClock(input_ids.device)
-        captured = self.capture(input_ids, clock)
+        captured = self.capture(input_ids, clock, memory=memory)
         with clock.stage("score"):
             return score_captured(captured, self.config, layers=self._layers, per_layer=per_layer)
 
     @torch.no_grad()
-    def capture(self, input_ids: Tensor, clock: StageClock | None = None) -> Captured:
+    def capture(
+        self, input_ids: Tensor, clock: StageClock | None = None, *, memory: SpeculatorMemory | None = None
+    ) -> Captured:
         """The forwards alone: query rows and keys of the layers to score. `score_captured` does the rest.
 
         Raises:
-            NothingToScore: the prompt is longer than the model's context.
+            NothingToScore: the prompt is longer than the model's context. The memory is as it was.
         """
-        if self._context is not None and input_ids.shape[1] > self._context:
-            raise NothingToScore(
-                f"the speculator reads at most {self._context} tokens, the prompt has {input_ids.shape[1]} of them"
-            )
+        length = input_ids.shape[1]
+        if self._context is not None and length > self._context:
+            raise NothingToScore(f"the speculator reads at most {self._context} tokens, the prompt has {length}")
         clock = clock or StageClock(input_ids.device)
-        capture = Capture(self._configs, self._layers, self._last_layer)
+        capture = Capture(self._configs, self._layers)
         rows, ahead = prompt_rows(self.config), look_ahead_rows(self.config)
-        tokens: list[int] = []
-        if self.config.queries == "observation_window":
-            with clock.stage("speculator_prefill"), capture.running(rows, stop=True):
-                self._forward_body(input_ids)
+        if memory is None:
+            tokens = self._read(input_ids, 0, None, capture, clock)
+            reused = 0
         else:
-            tokens = self._look_ahead(input_ids, capture, clock)
-        return Captured(capture.layers, input_ids.shape[1], self._num_layers, rows, ahead, tuple(tokens))
+            needs = (self.model, self._depth, ahead > 1)
+            with memory.extended(input_ids, needs, rows, ahead - 1, self._new_cache) as (cache, reused):
+                tokens = self._read(input_ids, reused, cache, capture, clock)
+        return Captured(capture.layers, length, self._num_layers, rows, ahead, tuple(tokens), reused)
 
-    def _forward_body(self, input_ids: Tensor) -> None:
-        """The decoder without its head and without a cache: keys reach the capture as arguments."""
-        body = self.model.base_model
-        body(input_ids=input_ids, use_cache=False)
-
-    def _look_ahead(self, input_ids: Tensor, capture: Capture, clock: StageClock) -> list[int]:
-        """Prefill, then decode greedily. EOS at step s ends it with s + 1 rows; EOS itself is never fed."""
-        steps = self.config.look_ahead - 1
-        cache = full_cache(self._num_layers, room=steps)
-        tokens: list[int] = []
-        logits = None
-        with clock.stage("speculator_prefill"), capture.running(prompt_rows(self.config), stop=steps == 0):
-            logits = self._forward(input_ids, cache)
+    def _read(
+        self, input_ids: Tensor, reused: int, cache: Cache | None, capture: Capture, clock: StageClock
+    ) -> list[int]:
+        """Run the model over the prompt from token `reused` on, then decode; returns the decoded tokens."""
+        length, steps = input_ids.shape[1], look_ahead_rows(self.config) - 1
+        rows = prompt_rows(self.config)
+        with clock.stage("speculator_prefill"):
+            lengths = chunk_lengths(length - reused, self.config.prefill_chunk, rows)
+            remembered = cache is not None
+            if cache is None and (steps or len(lengths) > 1):
+                cache = self._new_cache()
+                for layer in layers_of(cache):
+                    layer.reserve(length + steps)
+            start = reused
+            for part in lengths[:-1]:
+                # Of these, only keys and values are needed: the top layer's attention never runs.
+                with capture.running(0, stop_at=self._depth - 1, behind=start > 0):
+                    self._forward_body(input_ids[:, start : start + part], cache)
+                start += part
+            if not steps:
+                leave = None if cache is None or remembered else partial(_leave, cache)
+                with capture.running(rows, stop_at=self._depth - 1, behind=start > 0, done=leave):
+                    self._forward_body(input_ids[:, start:], cache)
+                return []
+            with capture.running(rows, behind=start > 0):
+                logits = self._forward(input_ids[:, start:], cache)
         with clock.stage("look_ahead"):
-            for step in range(1, steps + 1):
-                token = int(logits[0, -1].argmax())
-                if token in self._eos:
-                    break
-                tokens.append(token)
-                # The last row's output is not needed, only its queries.
-                with capture.running(1, stop=step == steps):
-                    logits = self._forward(torch.tensor([[token]], device=input_ids.device), cache)
+            return self._look_ahead(logits, cache, capture, input_ids.device)
+
+    def _new_cache(self) -> Cache:
+        # The attention of the last layer never runs where nothing is decoded.
+        steps = look_ahead_rows(self.config) - 1
+        return full_cache(self._num_layers, room=steps, keys_only=None if steps else self._depth - 1)
+
+    def _forward_body(self, input_ids: Tensor, cache: Cache | None) -> None:
+        """The decoder without its head. Without a cache, keys reach the capture as arguments and nothing else stays."""
+        self.model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None)
+
+    def _look_ahead(self, logits: Tensor, cache: Cache | None, capture: Capture, device: torch.device) -> list[int]:
+        """Decode greedily. EOS at step s ends it with s + 1 rows; EOS itself is never fed."""
+        steps = self.config.look_ahead - 1
+        tokens: list[int] = []
+        for step in range(1, steps + 1):
+            token = int(logits[0, -1].argmax())
+            if token in self._eos:
+                break
+            tokens.append(token)
+            # The last row's output is not needed, only its queries.
+            with capture.running(1, stop_at=self._last_layer if step == steps else None):
+                logits = self._forward(torch.tensor([[token]], device=device), cache)
         return tokens
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
@@ -120,6 +171,11 @@ class Speculator:
         output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._head)
         logits: Tensor = output.logits
         return logits
+
+
+def _leave(cache: Cache, layer: int) -> None:
+    """Nobody reads this layer's cache again; the score holds the keys that it needs."""
+    layers_of(cache)[layer].release()
 
 
 def _wanted_layers(
