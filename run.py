@@ -2,6 +2,7 @@
 """Does all the set-up, then the job. Needs nothing but Python 3.10+, a C++ compiler and a network for the first call.
 
     python3 run.py demo [args]      speculative prefill on a real model and a real document (specprefill demo [args])
+    python3 run.py eval [args]      what answers lose, measured (specprefill eval [args])
     python3 run.py test [args]      the tests (pytest python_tests [args])
     python3 run.py triton [args]    the Triton kernels without a GPU: their tests in Triton's interpreter, then all of
                                     them compiled for every architecture (python_tests/aot.py [args])
@@ -41,12 +42,20 @@ TORCH = "torch==2.13.0"
 TRITON = "triton==3.7.1"
 EXTRAS = {
     "demo": "demo",
+    "eval": "eval",
     "test": "test",
     "triton": "test,triton",
     "lint": "dev",
     "sanitize": "dev",
     "setup": "demo,test",
     "python": "test",
+}
+# Extras that bring others with them; see pyproject.toml.
+HELD = {
+    "dev": {"test", "eval", "demo"},
+    "browser": {"test", "eval", "demo"},
+    "test": {"eval", "demo"},
+    "eval": {"demo"},
 }
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
@@ -218,8 +227,9 @@ def set_up(extras: str) -> None:
     source = fingerprint()
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     have = set(stamp.get("extras", []))
-    if "dev" in have:  # holds what the tests need
-        wanted.discard("test")
+    for extra, held in HELD.items():
+        if extra in have:
+            wanted -= held
     if stamp.get("source") == source and wanted <= have and PYTHON.exists():
         return
     check_machine()
@@ -280,8 +290,8 @@ def main(argv: list[str]) -> int:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
     python = str(PYTHON)
-    if job == "demo":
-        return call(str(VENV / "bin" / "specprefill"), "demo", *args)
+    if job in ("demo", "eval"):
+        return call(str(VENV / "bin" / "specprefill"), job, *args)
     if job == "test":
         return call(python, "-m", "pytest", *args)
     if job == "triton":
