@@ -46,9 +46,9 @@ def read_tokens(monkeypatch, loop: SpecPrefill, one):
     seen = []
     answer = runner._Reading.answer
 
-    def watched(self, indices, *arguments):
+    def watched(self, indices, *arguments, **options):
         seen.append(indices)
-        return answer(self, indices, *arguments)
+        return answer(self, indices, *arguments, **options)
 
     monkeypatch.setattr(runner._Reading, "answer", watched)
     records = records_of(loop, one)
@@ -94,6 +94,23 @@ def test_one_speculation_serves_all_ratios(loop, monkeypatch) -> None:
         assert ("speculator_prefill" in record.seconds) == (method == "kept")
         assert record.ttft == pytest.approx(sum(v for k, v in record.seconds.items() if k != "decode"))
         assert record.seconds["base_prefill"] > 0
+
+
+def test_with_the_bases_own_layers_the_upper_ones_go_on_as_in_the_loop(models) -> None:
+    def own(**changes) -> SpecPrefill:
+        changes = {"protect": "template", **changes}
+        return SpecPrefill(models[0], None, config(**changes), tokenizer=byte_tokenizer(), self_layers=(0, 1))
+
+    one = sample(max_new_tokens=12)
+    records = records_of(own(), one)
+    plain = []
+    for ratio in RATIOS:
+        alone = own(keep_ratio=ratio).generate(one.messages, max_new_tokens=12)
+        assert records["kept", ratio].answer == alone.text
+        assert records["kept", ratio].kept_tokens == alone.kept_tokens
+        plain.append(alone.text)
+    assert "speculator_prefill" not in records["kept", 0.25].seconds
+    assert plain[0] != records["full", 1.0].answer
 
 
 def test_baselines_have_what_the_selection_is_forced_to_keep(loop, monkeypatch) -> None:

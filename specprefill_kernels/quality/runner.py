@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop import SpecPrefill
 from specprefill_kernels.loop.clock import StageClock
+from specprefill_kernels.loop.continuing import ContinuingRun
 from specprefill_kernels.loop.decoding import decode, plan_decoding
 from specprefill_kernels.loop.prefill import BaseRun
 from specprefill_kernels.loop.prompts import Prompt, encoded_prompt
@@ -114,7 +115,7 @@ class Runner:
             )
         # Baselines need no speculator, so its seconds are not theirs.
         before = selection.seconds if method == "kept" and selection is not None else reading.seconds
-        answer = reading.answer(indices, before, sample.max_new_tokens)
+        answer = reading.answer(indices, before, sample.max_new_tokens, kept=method == "kept")
         judged, classes = answer.text, tuple[str, ...]()
         if isinstance(sample, LongBenchSample):
             judged, classes = sample.judged(answer.text), sample.classes
@@ -176,20 +177,37 @@ class _Reading:
         # The loop's own dense result, with its reason.
         return selector.select(self._prompt, self._protection, self._clock)
 
-    @torch.no_grad()
-    def answer(self, indices: Tensor, before: Any, max_new_tokens: int) -> Answer:
+    def answer(self, indices: Tensor, before: Mapping[str, float], max_new_tokens: int, *, kept: bool) -> Answer:
+        """What the base writes after reading the tokens `indices` [K].
+
+        Args:
+            before: stage -> seconds that came before the base's prefill.
+            kept: they are the loop's own selection. Where it scores with the base's own lower layers, the upper ones go
+                on with the kept tokens, so the lower layers' seconds are in the base's prefill.
+        """
         base: Any = self._loop.base
         tokenizer: Any = self._loop.tokenizer
+        layers = self._loop.continuing_layers if kept else None
         clock = StageClock(base.device)
         clock.seconds.update(before)
         sparse = indices.shape[0] < self.length
+        step: Callable[[Tensor], Tensor]
+        if sparse and layers is not None:
+            clock.seconds.pop("speculator_prefill", None)
         with clock.stage("base_prefill"):
             input_ids = self._prompt.input_ids.to(base.device)
             positions = indices.to(base.device)
             plan = plan_decoding(base, input_ids, max_new_tokens=max_new_tokens, do_sample=False, tokenizer=tokenizer)
-            run = BaseRun(base, self.length, sparse=sparse, room=max_new_tokens)
-            logits = run.prefill(input_ids[:, positions] if sparse else input_ids, positions)
-            tokens = decode(plan, input_ids, logits, run.step)
+            if sparse and layers is not None:
+                config = self._loop.config
+                continuing = ContinuingRun(
+                    base, layers, rows=config.look_ahead, room=max_new_tokens, prefill_chunk=config.prefill_chunk
+                )
+                logits, step = continuing.prefill(input_ids, lambda _: positions), continuing.step
+            else:
+                run = BaseRun(base, self.length, sparse=sparse, room=max_new_tokens)
+                logits, step = run.prefill(input_ids[:, positions] if sparse else input_ids, positions), run.step
+            tokens = decode(plan, input_ids, logits, step)
             generated = [next(tokens)]
         with clock.stage("decode"):
             generated.extend(tokens)
