@@ -57,7 +57,7 @@ def select(
     """Says what the base model would read, without running it."""
     console, errors = new_console(), new_console(stderr=True)
     with plain_errors():
-        from specprefill_kernels.demo.measure import prompt_offsets
+        from specprefill_kernels.demo.reading import prompt_offsets
 
         config = make_config(preset, keep_ratio, keep_tokens, keep_mass, settings)
         loop, tokenizer = make_loop(base, speculator, config, self_layers, device, threads, errors)

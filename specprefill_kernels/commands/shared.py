@@ -159,7 +159,7 @@ def parse_layers(text: str | None) -> tuple[int, int] | None:
 
 def read_prompt_file(file: Path, question: str | None, raw: bool, tokenizer: Any) -> Any:
     from specprefill_kernels.demo.document import Story
-    from specprefill_kernels.demo.measure import as_prompt
+    from specprefill_kernels.demo.reading import as_prompt
 
     if str(file) == "-":
         text = sys.stdin.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from specprefill_kernels._version import __version__
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.demo.document import Story
+from specprefill_kernels.demo.reading import as_prompt, read
 from specprefill_kernels.loop import GenerationResult, SpecPrefill
 from specprefill_kernels.models.progress import Progress
-from specprefill_kernels.report.data import Comparison, Measured, make_pieces
+from specprefill_kernels.report.data import Comparison, Measured
 
 WARM_UP_CHARS = 3_000  # enough that the warm-up is sparse too, so both sides have run every kernel once
 
@@ -76,63 +77,32 @@ def compare(
                 results[label].append(sides[label].generate(prompt, max_new_tokens=tokens))
 
     full, sparse = results["Full prefill"], results["Speculative prefill"]
-    first = sparse[0]
-    text, offsets = prompt_offsets(prompt, base.tokenizer)
-    total = first.prompt_tokens
-    kept = torch.zeros(total, dtype=torch.bool)
-    kept[first.selection.kept_indices.cpu()] = True
-    importance = first.selection.importance
-    pieces = make_pieces(
-        text, offsets, [0.0] * total if importance is None else importance.cpu().tolist(), kept.tolist()
-    )
-    return Comparison(
+    selection = sparse[0].selection
+    if selection.importance is not None:
+        with progress.task("Importance by layer, for the page"):
+            layers = sides["Speculative prefill"].select(prompt, per_layer=True).layer_importance
+        selection = dataclasses.replace(selection, layer_importance=layers)
+    reading = read(
+        selection,
+        prompt,
+        base.tokenizer,
+        config,
         title=story.title,
-        question=story.question,
         base=base.name,
         speculator=speculator.name,
-        prompt_tokens=total,
-        kept_tokens=first.kept_tokens,
-        keep_ratio=first.kept_tokens / total if config.keep_ratio is None else config.keep_ratio,
-        chunk_size=config.chunk_size,
-        full=_measured(full, story),
-        sparse=_measured(sparse, story),
-        mode=first.mode,
-        reason=first.reason,
-        backend=first.backend,
-        pieces=pieces,
-        expected=story.expected,
-        inserted=story.inserted,
-        inserted_span=tokens_of(text, story.inserted, offsets),
-        same_model=base.model is speculator.model,
+        question=story.question,
+        passages=() if story.inserted is None else (story.inserted,),
         machine=machine(),
         command=command,
-        version=__version__,
     )
-
-
-def as_prompt(text: str, tokenizer: Any) -> Any:
-    """A user's message where the tokenizer has a chat template, else the bare text."""
-    return [{"role": "user", "content": text}] if getattr(tokenizer, "chat_template", None) else text
-
-
-def prompt_offsets(prompt: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text the model reads, template included, and each token's characters in it: tokenized as the loop does."""
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_offsets_mapping=True)
-    return text, encoded["offset_mapping"]
-
-
-def tokens_of(text: str, passage: str | None, offsets: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The token positions (start, end) that hold `passage`."""
-    if passage is None or passage not in text:
-        return None
-    start = text.index(passage)
-    end = start + len(passage)
-    inside = [index for index, (a, b) in enumerate(offsets) if a < end and b > start]
-    return inside[0], inside[-1] + 1
+    return Comparison.of(
+        reading,
+        full=_measured(full, story),
+        sparse=_measured(sparse, story),
+        expected=story.expected,
+        inserted=story.inserted,
+        same_model=base.model is speculator.model,
+    )
 
 
 def _measured(results: Sequence[GenerationResult], story: Story) -> Measured:

@@ -48,7 +48,7 @@ def _answers(c: Comparison) -> RenderableType:
     for label, side in (("full prefill       ", c.full), ("speculative prefill", c.sparse)):
         lines.append(Text.assemble((f"{label}  ", "dim"), side.answer.strip() or "(empty)", "  ", _mark(side)))
     if c.inserted is not None:
-        kept = {True: "kept whole", False: "not kept whole", None: ""}[c.fact_kept]
+        kept = {True: "kept whole", False: "not kept whole", None: ""}[c.evidence_kept]
         lines.append(Text.assemble(("put into the document for this demo: ", "dim"), (c.inserted, "italic dim"),
                                    (f" ({kept})", "dim")))  # fmt: skip
     return Panel(Group(*lines), box=box.ROUNDED, border_style="dim", padding=(0, 1))
