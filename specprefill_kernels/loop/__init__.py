@@ -12,5 +12,7 @@ except ModuleNotFoundError as error:
 from specprefill_kernels.loop.generation import TokenStream
 from specprefill_kernels.loop.pipeline import SpecPrefill
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
+from specprefill_kernels.loop.selection_cache import SelectionCache
+from specprefill_kernels.loop.session import Session
 
-__all__ = ["GenerationResult", "PromptSelection", "SpecPrefill", "TokenStream"]
+__all__ = ["GenerationResult", "PromptSelection", "SelectionCache", "Session", "SpecPrefill", "TokenStream"]

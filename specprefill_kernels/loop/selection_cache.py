@@ -99,16 +99,9 @@ class SelectionCache:
                 prompt.text if by_text else None,
                 b"" if mask is None else mask.cpu().numpy().tobytes(),
             )
-            stored = self._stored.get(key)
-            if stored is not None:
-                self._stored.move_to_end(key)
-                self.hits += 1
-                return _revived(stored, prompt, clock, device)
-            start = self._longest_start(key)
-            if start is not None:
-                self._stored.move_to_end(start)
-                self.suffix_hits += 1
-                return _continued(self._stored[start], prompt, protection, clock, device)
+            found = self._find(key, prompt, protection, device)
+        if found is not None:
+            return replace(found, input_ids=prompt.input_ids[0], seconds=dict(clock.seconds), cached=True)
         selection = run()
         if selection.importance is not None:
             self.misses += 1
@@ -116,6 +109,18 @@ class SelectionCache:
             while len(self._stored) > self.entries:
                 self._stored.popitem(last=False)
         return selection
+
+    def _find(self, key: _Key, prompt: Prompt, protection: Protection, device: torch.device) -> PromptSelection | None:
+        if key in self._stored:
+            self._stored.move_to_end(key)
+            self.hits += 1
+            return _revived(self._stored[key], device)
+        start = self._longest_start(key)
+        if start is None:
+            return None
+        self._stored.move_to_end(start)
+        self.suffix_hits += 1
+        return _continued(self._stored[start], prompt, protection, device)
 
     def _longest_start(self, key: _Key) -> _Key | None:
         """The longest stored prompt that `key`'s begins with and exceeds by at most `suffix_tokens`."""
@@ -165,20 +170,17 @@ def _stored(selection: PromptSelection) -> PromptSelection:
     )
 
 
-def _revived(stored: PromptSelection, prompt: Prompt, clock: StageClock, device: torch.device) -> PromptSelection:
+def _revived(stored: PromptSelection, device: torch.device) -> PromptSelection:
     assert stored.importance is not None
     return replace(
         stored,
-        input_ids=prompt.input_ids[0],
         importance=stored.importance.to(device, copy=True),
         kept_indices=stored.kept_indices.to(device, torch.int64),
-        seconds=dict(clock.seconds),
-        cached=True,
     )
 
 
 def _continued(
-    stored: PromptSelection, prompt: Prompt, protection: Protection, clock: StageClock, device: torch.device
+    stored: PromptSelection, prompt: Prompt, protection: Protection, device: torch.device
 ) -> PromptSelection:
     """The selection of a prompt that goes on after a stored one."""
     assert stored.importance is not None
@@ -187,12 +189,11 @@ def _continued(
     mask[stored.kept_indices.long()] = True
     mask[known:] = True
     if protection.mask is not None:
-        mask |= protection.mask.reshape(-1).cpu()
+        mask |= protection.mask.cpu()
     kept: Tensor = mask.nonzero()[:, 0]
     count = kept.shape[0]
     return replace(
         stored,
-        input_ids=prompt.input_ids[0],
         importance=None,
         kept_indices=kept.to(device),
         spans=spans_of_mask(mask),
@@ -201,7 +202,5 @@ def _continued(
             f"kept {count} of {seq_len} tokens: the budget was spent on the first {known}, whose selection was known "
             f"({stored.reason}); all {seq_len - known} tokens after them are kept beside it"
         ),
-        seconds=dict(clock.seconds),
         protected=protection.spans,
-        cached=True,
     )
