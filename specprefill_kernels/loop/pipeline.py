@@ -51,7 +51,8 @@ class SpecPrefill:
             layers above go on with the kept tokens alone (see `ContinuingRun`). An int n means (0, n - 1).
         costs: measured costs of both ways (`CostModel.measure`); a prompt for which speculative prefill would take
             longer than a full one then runs dense, and `reason` gives both predicted times. None: no such check.
-        selection_cache: a prompt whose selection it holds runs no speculator; see `SelectionCache`.
+        selection_cache: a prompt whose selection it holds runs no speculator; see `SelectionCache`. With `self_layers`
+            there is none to spare in `generate` and `stream`, which do not ask it.
 
     Raises:
         ValueError: an argument is wrong, or does not go with another.
@@ -118,7 +119,7 @@ class SpecPrefill:
         self.selection_cache = selection_cache
         self._translates = bridge is not None
         tokenizers = (tokenizer, speculator_tokenizer) if self._translates else ()
-        self._identity = identity(scorer, config, layer_range, problem, *tokenizers)
+        self._identity = identity(scorer, config, layer_range, problem, costs, *tokenizers)
 
     def select(
         self,

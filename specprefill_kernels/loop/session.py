@@ -45,7 +45,8 @@ class Session:
 
     A base that cannot prefill sparsely runs `model.generate` each turn and reuses nothing; `reason` says so. One whose
     speculator cannot be scored runs dense turns that do reuse the base's cache. With `self_layers` the lower layers
-    score in a pass of their own, with a cache of their own.
+    score in a pass of their own, with a cache of their own, and the base starts again from its first layer with the
+    kept tokens, where `SpecPrefill.generate` goes on above the scored layers: the same selection, not the same answer.
 
     Not thread-safe, and one generation at a time: a new one may start while a stream is not at its end, which then
     raises RuntimeError if it is read on. After any exception, interrupt or abandoned stream the next call is right.
@@ -201,6 +202,7 @@ class _Turn(Generation):
         message: Message | None,
     ) -> None:
         super().__init__(session.loop, prompt, protect, max_new_tokens, do_sample, options)
+        self._continues = False  # the lower layers' forward over the whole prompt is what a session spares
         self._session = session
         self._message = message
         self._reused = 0
