@@ -66,6 +66,7 @@ def test_records_tables_and_plot_are_written(done) -> None:
         assert "](score.png)" in report
     lines = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
     assert len(lines) == 1 + 36
+    assert max(line["new_tokens"] for line in lines[1:]) == 24  # the task's own limit is 16
     assert {(line["prompt_tokens"] > line["kept_tokens"]) for line in lines[1:] if line["method"] != "full"} == {True}
 
 

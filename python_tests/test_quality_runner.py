@@ -259,7 +259,7 @@ def test_a_runner_refuses_what_it_cannot_do(loop, models) -> None:
 def test_the_setting_names_models_configuration_and_files(loop, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("text")
     setting = describe(
-        Runner(loop, RATIOS), base="b", speculator="s", tasks=["door"], prompts=3, tokens=50,
+        Runner(loop, RATIOS), base="b", speculator="s", tasks=["door"], prompts=3, tokens=50, answer_tokens=9,
         files=[tmp_path / "a.txt"], versions={"torch": "1"}, machine="m",
     )  # fmt: skip
     assert setting["config"]["chunk_size"] == 16

@@ -99,6 +99,22 @@ def test_dense_and_cut_prompts_are_counted_and_said() -> None:
     assert "1 of 1 prompts were too long" in text
 
 
+def test_the_stages_of_the_first_token_are_medians_without_decoding() -> None:
+    rows = [
+        record(seed, method, seconds={"score": seconds, "base_prefill": 1.0, "decode": 9.0})
+        if method == "kept"
+        else record(seed, method, seconds={"base_prefill": 2.0})
+        for method in ("full", "kept")
+        for seed, seconds in enumerate((0.1, 0.5, 0.2))
+    ]
+    summary = summarize(rows)
+    assert summary.row("door", "kept", 0.3).stages == {"score": 0.2, "base_prefill": 1.0}
+    text = markdown(summary, SETTING)
+    assert "| keep | method | TTFT | full / this | score | base_prefill |" in text
+    assert "| all | full prompt | 1.00 | 1.00 | - | 2.000 |" in text
+    assert "| 0.3 | kept (speculative) | 1.00 | 1.00 | 0.200 | 1.000 |" in text
+
+
 def test_the_report_says_where_the_last_tokens_are_enough() -> None:
     recent = records("recent", scores=([1] * 4, [1, 1, 1, 0], [0] * 4, [1] * 4))
     text = markdown(summarize(records() + recent), SETTING, "score.png")
@@ -108,7 +124,7 @@ def test_the_report_says_where_the_last_tokens_are_enough() -> None:
     assert "## Where" not in markdown(summarize(records()), SETTING)
     assert "![score against keep ratio](score.png)" in text
     assert "| 0.3 | kept (speculative) | 0.50 [0.15, 0.85] | -0.25 [" in text
-    assert text.count("| all | full prompt |") == 3
+    assert text.count("| all | full prompt |") == 4  # a table for each task, one for all, and the times
 
 
 def test_the_json_is_json() -> None:

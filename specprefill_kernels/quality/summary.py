@@ -25,6 +25,7 @@ class Row:
         to_full, to_random: mean difference, prompt by prompt, to the full prompt and to random chunks at the same
             ratio.
         ttft: median seconds until the first token.
+        stages: stage -> median seconds of what ttft is made of.
         speed_up: median over prompts of the full prompt's ttft over this one's.
         kept: mean part of the prompt's tokens that were read.
         evidence: part of the prompts whose whole evidence was read; None where no evidence is known.
@@ -40,6 +41,7 @@ class Row:
     to_full: Interval | None
     to_random: Interval | None
     ttft: float
+    stages: Mapping[str, float]
     speed_up: float | None
     kept: float
     evidence: Interval | None
@@ -109,6 +111,7 @@ def _row(task: str, column: tuple[str, float], prompts: Sequence[Mapping[tuple[s
         to_full=None if not full or method == "full" else intervals.paired_difference(scores, _scores(full)),
         to_random=None if not random or method == "random" else intervals.paired_difference(scores, _scores(random)),
         ttft=statistics.median(record.ttft for record in records),
+        stages=_stages(records),
         speed_up=statistics.median(one.ttft / other.ttft for one, other in zip(full, records)) if full else None,
         kept=statistics.fmean(record.kept_tokens / record.prompt_tokens for record in records),
         evidence=intervals.mean(evidence) if evidence else None,
@@ -119,6 +122,11 @@ def _row(task: str, column: tuple[str, float], prompts: Sequence[Mapping[tuple[s
 
 def _column(prompts: Sequence[Mapping[tuple[str, float], Record]], column: tuple[str, float]) -> list[Record]:
     return [answers[column] for answers in prompts] if column in prompts[0] else []
+
+
+def _stages(records: Sequence[Record]) -> dict[str, float]:
+    names = dict.fromkeys(stage for record in records for stage in record.seconds if stage != "decode")
+    return {name: statistics.median(record.seconds.get(name, 0.0) for record in records) for name in names}
 
 
 def _scores(records: Sequence[Record]) -> list[float]:
@@ -136,7 +144,7 @@ def markdown(summary: Summary, setting: Mapping[str, Any], plot: str | None = No
         rows = [row for row in summary.rows if row.task == task]
         lines += [f"## {task} ({rows[0].prompts} prompts)", "", *_table(rows), ""]
         lines += [note + "\n" for note in _notes(rows)]
-    lines += [*_recency(summary), *_reading_guide()]
+    lines += [*_times(summary), *_recency(summary), *_reading_guide()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -199,6 +207,20 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if rows[0].cut:
         notes.append(f"{rows[0].cut} of {rows[0].prompts} prompts were too long and lost their middle.")
     return notes
+
+
+def _times(summary: Summary) -> list[str]:
+    """What the first token waits for, median seconds."""
+    rows = [row for row in summary.rows if row.task == summary.tasks[0] and row.method in ("full", "kept")]
+    names = list(dict.fromkeys(name for row in reversed(rows) for name in row.stages))
+    lines = ["## Until the first token, median seconds", ""]
+    lines += [f"| keep | method | TTFT | full / this | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for row in rows:
+        stages = (f"{row.stages[name]:.3f}" if name in row.stages else "-" for name in names)
+        keep = "all" if row.method == "full" else f"{row.keep_ratio:g}"
+        ahead = "-" if row.speed_up is None else f"{row.speed_up:.2f}"
+        lines.append(f"| {keep} | {TITLES[row.method]} | {row.ttft:.2f} | {ahead} | {' | '.join(stages)} |")
+    return [*lines, ""]
 
 
 def _recency(summary: Summary) -> list[str]:
