@@ -44,6 +44,10 @@ def demo(
     question: Annotated[Optional[str], typer.Option(help="What to ask about it.")] = None,  # noqa: UP045
     expect: Annotated[Optional[str], typer.Option(help="Words that a right answer holds.")] = None,  # noqa: UP045
     output: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path("specprefill-demo.html"),
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.png", help="Also save a picture of importance over position; needs matplotlib."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each side is timed, in turns.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
     threads: Threads = None,
@@ -56,9 +60,12 @@ def demo(
         from specprefill_kernels.demo.measure import compare
         from specprefill_kernels.models import RichProgress
         from specprefill_kernels.report import page, terminal
+        from specprefill_kernels.report import picture as pictures
 
         if document is not None and question is None:
             raise ValueError("--question: expected one beside --document, got none")
+        if picture is not None:
+            pictures.require()
         config = make_config(preset, keep_ratio, settings=settings)
         story = default_story()
         if question is not None:
@@ -84,6 +91,8 @@ def demo(
         )
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page.render(comparison), encoding="utf-8")
+        if picture is not None:
+            pictures.save(comparison, picture)
         console.print(f"[dim]{comparison.title}: {comparison.prompt_tokens:,} tokens. {comparison.machine}[/dim]")
         terminal.show(comparison, console)
         console.print(f"The document, token by token: {output.resolve().as_uri()}", soft_wrap=True)

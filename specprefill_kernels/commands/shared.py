@@ -106,6 +106,14 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def model_title(name: str) -> str:
+    """What a reader calls a model that goes by a registry name, folder, file or hub id."""
+    from specprefill_kernels import models
+
+    entry = models.REGISTRY.get(name)
+    return entry.title if entry else Path(name).name
+
+
 def load_pair(base: str, speculator: str, device: str, progress: Any) -> tuple[Side, Side]:
     from specprefill_kernels import models
     from specprefill_kernels.demo.measure import Side
@@ -115,8 +123,7 @@ def load_pair(base: str, speculator: str, device: str, progress: Any) -> tuple[S
 
     def side(name: str) -> Side:
         models.ensure(name, progress)
-        entry = models.REGISTRY.get(name)
-        title = entry.title if entry else Path(name).name
+        title = model_title(name)
         with progress.task(f"Loading {title}"):
             model, tokenizer = models.load(name, device=device, progress=progress)
         return Side(title, model, tokenizer)

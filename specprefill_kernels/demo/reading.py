@@ -12,6 +12,15 @@ from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop import PromptSelection
 from specprefill_kernels.report.data import LayerImportance, Protected, Reading, Span, make_pieces
 
+# What a reader calls the parts that `loop.protection` finds.
+LABELS = {
+    "system": "system prompt",
+    "tools": "tool definitions",
+    "markers": "role markers",
+    "turn end": "end of the question",
+    "user": "asked for",
+}
+
 
 def read(
     selection: PromptSelection,
@@ -54,7 +63,7 @@ def read(
     layers = None
     if selection.layer_importance is not None:
         layers = LayerImportance(selection.scored_layers, selection.layer_importance.cpu().tolist())
-    spans = (tokens_of(text, passage, offsets) for passage in passages)
+    evidence = (tokens_of(text, passage, offsets) for passage in passages)
     return Reading(
         title=title,
         base=base,
@@ -69,8 +78,12 @@ def read(
         question=question,
         budget=budget_text(config),
         seconds=dict(selection.seconds),
-        protected=[Protected(start, end) for start, end in selection.protected],
-        evidence=[span for span in spans if span is not None],
+        protected=[
+            Protected(start, end, LABELS.get(label, label))
+            for label, spans in selection.protected_parts.items()
+            for start, end in spans
+        ],
+        evidence=[span for span in evidence if span is not None],
         layers=layers,
         version=__version__,
         **rest,

@@ -51,12 +51,14 @@ class Protection:
         spans: the same as merged (start, end) token pairs.
         parts: label -> tokens ("system", "tools", "markers", "turn end", "user"); a token counts once, for the first.
         notes: what could not be found, in words.
+        where: label -> merged (start, end) token pairs of the tokens that `parts` counts.
     """
 
     mask: Tensor | None = field(default=None, repr=False)
     spans: tuple[Span, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    where: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
 
 
 def find_protection(
@@ -170,15 +172,16 @@ def _turn_end(text: str, spans: Tensor, turn: Span, most: int) -> Span:
 
 def _protection(masks: Mapping[str, Tensor], notes: tuple[str, ...]) -> Protection:
     union: Tensor | None = None
-    parts = {}
+    parts: dict[str, int] = {}
+    where: dict[str, tuple[Span, ...]] = {}
     for label, mask in masks.items():
         fresh = mask if union is None else mask & ~union
         if bool(fresh.any()):
-            parts[label] = int(fresh.sum())
+            parts[label], where[label] = int(fresh.sum()), spans_of_mask(fresh)
         union = mask if union is None else mask | union
     if union is None or not parts:
         return Protection(notes=notes)
-    return Protection(union, spans_of_mask(union), parts, notes)
+    return Protection(union, spans_of_mask(union), parts, notes, where)
 
 
 def _user_mask(chat: _Chat, span: Any, name: str, seq_len: int) -> Tensor:

@@ -32,6 +32,7 @@ class PromptSelection:
         look_ahead_tokens: the speculator's decoded tokens whose queries were scored.
         scored_layers: the layers whose attention was scored.
         protected: what had to survive, as merged (start, end) token pairs.
+        protected_parts: the same by what they are ("system", "markers", ..., see `Protection`); no token comes twice.
         layer_importance: [len(scored_layers), T] fp32, each layer's own importance, where it was asked for.
         prediction: what a cost model, where one was given, predicted for both ways.
         cached: a `SelectionCache` knew this selection; no speculator ran.
@@ -51,6 +52,7 @@ class PromptSelection:
     look_ahead_tokens: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()
     protected: tuple[Span, ...] = ()
+    protected_parts: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     layer_importance: Tensor | None = field(default=None, repr=False)
     prediction: Prediction | None = None
     cached: bool = False

@@ -203,4 +203,5 @@ def _continued(
             f"({stored.reason}); all {seq_len - known} tokens after them are kept beside it"
         ),
         protected=protection.spans,
+        protected_parts=protection.where,
     )

@@ -59,11 +59,9 @@ def save(
     for name, value, least in (("width", width, 640), ("height", height, 320)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least} pixels, got {value}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"a picture needs matplotlib: {INSTALL}") from error
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     with warnings.catch_warnings():
@@ -73,6 +71,14 @@ def save(
         _draw(figure, reading, rows is not None, DARK if dark else LIGHT, width, height)
         canvas.print_png(path)
     return Path(path)
+
+
+def require() -> None:
+    """Raises ImportError, which says what to install, where `save` could not draw: before the work for a picture."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"a picture needs matplotlib: {INSTALL}") from error
 
 
 def _draw(figure: Any, r: Reading, layers: bool, colours: dict[str, str], width: int, height: int) -> None:
