@@ -184,7 +184,7 @@ class CostModel:
         Args:
             base, speculator, config, self_layers, tokenizer, speculator_tokenizer: as for `SpecPrefill`. The tokenizers
                 only say how many tokens of the one make one of the other.
-            seconds: the time to spend, about. Two lengths are always timed, 64 and 128 tokens, whatever they take. More
+            seconds: the time to spend, about. Two lengths are always timed, 64 and 256 tokens, whatever they take. More
                 time gives longer prompts first, then repeats, whose median counts.
             longest: no prompt longer than this; nor than a model's context.
             progress: see `specprefill_kernels.models.progress`.

@@ -24,6 +24,7 @@ from specprefill_kernels.models.progress import LogProgress, Progress
 from specprefill_kernels.ops.select import select_chunks
 
 SHORTEST = 64
+SECOND = 256  # far enough from the shortest that noise in either does not decide the slope
 REPEATS = 3
 _CLIMB = 0.75  # of the time goes to longer prompts, the rest to repeats of them
 
@@ -46,7 +47,7 @@ def sample(
     """Cost -> (tokens, median seconds), ascending.
 
     Parts share the time equally, so that a slow base does not keep the speculator from long prompts. Each runs 64 and
-    128 tokens at least, and goes on doubling while the next length is sure to fit in its share. Parts take turns at
+    256 tokens at least, and goes on doubling while the next length is sure to fit in its share. Parts take turns at
     each length, so that a machine that gets busier slows all of them.
     """
     taken: list[dict[int, list[float]]] = [{} for _ in parts]  # per part: tokens -> seconds of whole runs
@@ -69,16 +70,16 @@ def sample(
     growing, size = list(range(len(parts))), SHORTEST
     while growing:
         for index in list(growing):
-            if size > parts[index].limit and taken[index]:
+            if min(size, parts[index].limit) in taken[index]:
                 growing.remove(index)
                 continue
             before = taken[index].get(size // 2, [0.0])[0]
             # Attention is quadratic, so twice as many tokens take at most four times as long; mostly it is twice.
-            if size > 2 * SHORTEST and spent(index) + 2.5 * before > _CLIMB * share:
+            if size > SECOND and spent(index) + 2.5 * before > _CLIMB * share:
                 growing.remove(index)
                 continue
             run(index, min(size, parts[index].limit))
-        size *= 2
+        size = max(SECOND, 2 * size)
     for repeat in range(2, REPEATS + 1):
         for size in sorted({size for one in taken for size in one}):
             for index in range(len(parts)):
@@ -107,8 +108,8 @@ def measure(
         raise ValueError(f"speculator: expected a model or self_layers=(first, last), got {got}")
     if not seconds > 0:
         raise ValueError(f"seconds: expected a time above 0, got {seconds!r}")
-    if longest < 2 * SHORTEST:
-        raise ValueError(f"longest: expected at least {2 * SHORTEST} tokens, got {longest!r}")
+    if longest < SECOND:
+        raise ValueError(f"longest: expected at least {SECOND} tokens, got {longest!r}")
     for name, problem in (
         ("base", base_problem(base)),
         ("speculator", None if speculator is None else speculator_problem(speculator)),
