@@ -362,6 +362,13 @@ def test_a_run_is_one_prompt():
     sut.prefill(prompt(), keep())
     with pytest.raises(RuntimeError, match=r"^prefill: expected one call"):
         sut.prefill(prompt(), keep())
+    failed = ContinuingRun(build("llama"), (0, 1))
+    with pytest.raises(ValueError, match=r"^kept: "):
+        failed.prefill(prompt(), keep(torch.tensor([0])))
+    with pytest.raises(RuntimeError, match=r"^prefill: expected one call"):  # its lower layers hold the prompt already
+        failed.prefill(prompt(), keep())
+    with pytest.raises(RuntimeError, match=r"^step: expected a prefill"):
+        failed.step(torch.tensor([[1]]))
 
 
 def test_windows_bind_in_these_models():

@@ -89,6 +89,7 @@ class ContinuingRun:
         self._head = head_options(model)
         self._upper_positions: Tensor | None = None
         self._next_position = 0
+        self._started = False
         self.cache = full_cache(self._count, room)
         self.kept: Tensor | None = None
 
@@ -105,8 +106,9 @@ class ContinuingRun:
         Raises:
             ValueError: `choose` returned something else. Whatever `choose` raises comes through.
         """
-        if self._next_position:
+        if self._started:
             raise RuntimeError("prefill: expected one call per run, got a second")
+        self._started = True
         seq_len = input_ids.shape[1]
         positions = torch.arange(seq_len, device=input_ids.device)
         cut = _Cut(self._layers, self._last, choose, seq_len)
@@ -267,9 +269,9 @@ class _Cut:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _active.get() is not self:
             return None
-        names = [*signature(layer.forward).parameters][: len(args)]
-        first = names[0] if names else next(iter(kwargs))
-        hidden: Tensor = args[0] if names else kwargs[first]
+        parameters = [*signature(layer.forward).parameters]
+        first, names = parameters[0], parameters[: len(args)]  # the first is the hidden states, whatever their name
+        hidden: Tensor = args[0] if args else kwargs[first]
         if index == 0:
             self._chunk_rows = hidden.shape[1]
         if index <= self._last:
