@@ -69,21 +69,30 @@ def complete(spans: Tensor, added: Tensor, text: str) -> Tensor:
 
 def _without_gaps(spans: Tensor, text: str) -> Tensor:
     start, end = spans[:, 0].clone(), spans[:, 1].clone()
+    count = len(text)
+    steps = torch.zeros(count + 1, dtype=torch.int64)
+    steps.index_add_(0, start, torch.ones_like(start)).index_add_(0, end, -torch.ones_like(end))
+    covered = steps.cumsum(0) > 0
     before = torch.cat([end.new_zeros(1), end.cummax(0).values[:-1]])
-    gap = (start > before).nonzero()[:, 0]
+    # A token may stand behind its neighbour's end and yet nothing be missing: a later one may have what is between.
+    gap = ((start > before) & ~covered[before]).nonzero()[:, 0]
     if gap.numel():
-        border = _next_space(text)[before[gap]].minimum(start[gap])
+        closed = _next(covered[:-1])[before[gap]].minimum(start[gap])
+        spaces = torch.tensor([char.isspace() for char in text], dtype=torch.bool)
+        border = _next(spaces)[before[gap]].minimum(closed)
         border[gap == 0] = 0  # nothing stands before the first token
-        end[gap - 1] = torch.where(gap > 0, border.maximum(end[gap - 1]), end[gap - 1])
-        start[gap] = border
-    end[-1] = max(int(end[-1]), len(text)) if int(end.max()) < len(text) else end[-1]
+        inner = gap > 0
+        end[gap[inner] - 1] = end[gap[inner] - 1].maximum(border[inner])
+        start[gap] = torch.where(closed == start[gap], border, start[gap])
+    end[-1] = end[-1].maximum(torch.tensor(count)) if not bool(covered[count - 1 :].any()) else end[-1]
     return torch.stack([start, end], dim=1)
 
 
-def _next_space(text: str) -> Tensor:
-    """[len(text) + 1]: the first white space at or behind each character."""
-    count = len(text)
-    where = torch.tensor([i if char.isspace() else count for i, char in enumerate(text)] + [count])
+def _next(flags: Tensor) -> Tensor:
+    """[N + 1]: the first True at or behind each place; N where there is none."""
+    count = flags.shape[0]
+    where = torch.where(flags, torch.arange(count), count)
+    where = torch.cat([where, torch.tensor([count])])
     return where.flip(0).cummin(0).values.flip(0)
 
 

@@ -188,6 +188,7 @@ class Selector:
             look_ahead_tokens=speculation.look_ahead_tokens,
             scored_layers=speculation.layers,
             protected=protection.spans,
+            protected_parts=protection.where,
             layer_importance=None if layers is None else layers.to(self._device),
             prediction=prediction,
             reused_tokens=getattr(speculation, "reused_tokens", 0),
@@ -208,6 +209,7 @@ class Selector:
             seconds=dict(clock.seconds),
             backend="none",
             protected=protection.spans,
+            protected_parts=protection.where,
             prediction=prediction,
         )
 
@@ -259,7 +261,7 @@ class Selector:
             raise NothingToScore("no speculator")
         model: Any = self._speculator.model
         ids = prompt.input_ids if crossing is None else crossing.input_ids
-        self._check_vocabulary(ids, model)
+        self._check_vocabulary(ids, model, own=crossing is not None)
         options: dict[str, Any] = {}
         if memory is not None:
             options["memory"] = memory
@@ -276,12 +278,14 @@ class Selector:
             return replace(speculation, **changes)
 
     @staticmethod
-    def _check_vocabulary(ids: Tensor, model: Any) -> None:
+    def _check_vocabulary(ids: Tensor, model: Any, own: bool) -> None:
         size = model.get_input_embeddings().weight.shape[0]
         if int(ids.max()) >= size:
+            cure = (
+                "speculator_tokenizer is not its own" if own else "give speculator_tokenizer if its tokens are others"
+            )
             raise ValueError(
-                f"speculator: expected a vocabulary that holds id {int(ids.max())}, got one of {size}; "
-                "give speculator_tokenizer if its tokens are others"
+                f"speculator: expected a vocabulary that holds id {int(ids.max())}, got one of {size}; {cure}"
             )
 
 
