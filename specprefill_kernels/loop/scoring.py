@@ -162,6 +162,23 @@ def score_captured(
     )
 
 
+@torch.no_grad()
+def layer_states(captured: Captured, config: SpecPrefillConfig) -> tuple[tuple[int, ...], int, Tensor]:
+    """(layers, rows that count, [L, rows, T] fp32): the state that each layer alone leaves, for calibration.
+
+    The state of any set of layers is the elementwise maximum of theirs; `finalize_importance` does the rest.
+    """
+    chosen, passes = _chosen(captured, config, None), _passes(captured, config)
+    rows = prompt_rows(config) + look_ahead_rows(config) - 1
+    states = []
+    for layer in chosen.values():
+        state = new_state(1, rows, captured.seq_len, device=layer.key.device)
+        for part in passes:
+            _score_group([layer], state[:, part.first : part.first + part.rows], part, captured.seq_len, config)
+        states.append(state[0].cpu())
+    return tuple(chosen), max(part.first + part.valid for part in passes), torch.stack(states)
+
+
 @dataclass(frozen=True)
 class _Pass:
     """Rows that one call of the op takes, and the rows of the state that they go to.
