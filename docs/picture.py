@@ -33,7 +33,7 @@ def main(page: Path) -> None:
         subprocess.run([
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-            f"--user-data-dir={folder}/profile", "--window-size=1060,1475", f"--screenshot={TARGET}", copy.as_uri(),
+            f"--user-data-dir={folder}/profile", "--window-size=1060,1760", f"--screenshot={TARGET}", copy.as_uri(),
         ], check=True, timeout=120, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # fmt: on
     print(f"{TARGET}: {TARGET.stat().st_size / 1000:.0f} kB")

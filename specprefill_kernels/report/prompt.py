@@ -72,7 +72,7 @@ def layer_control(r: Reading) -> str:
 
 
 def legend(r: Reading) -> str:
-    steps = "".join(f'<i class="h{level}"></i>' for level in range(0, LEVELS + 1, 2))
+    steps = "".join(f'<i class="h{level}"></i>' for level in range(2, LEVELS + 1, 2))
     skipped = r.prompt_tokens - r.kept_tokens
     spans = len(r.kept_spans)
     rows = [
