@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversations import assert_as_from_scratch, counted, plan_next, positions
+from conversations import assert_as_from_scratch, counted, from_scratch, plan_next, positions
 from loop_models import PROMPT, build, byte_tokenizer, config, ordinary, pipeline, prompt
 from transformers import set_seed
 
@@ -474,3 +474,19 @@ def test_a_session_uses_the_loops_selection_cache():
     assert (again.selection.cached, again.tokens, again.spans) == (True, result.tokens, result.spans)
     ids = follow(ids, again)
     assert not assert_as_from_scratch(second, ids).selection.cached
+
+
+def test_a_speculator_with_other_tokens_remembers_too():
+    base, speculator, other = build("llama", seed=7), build("llama", seed=3), byte_tokenizer(MERGES)
+    sp = SpecPrefill(base, speculator, config(), tokenizer=byte_tokenizer(), speculator_tokenizer=other)
+    session, text = Session(sp), STORY
+    for more in ("", "and the thing in the corner. ", "Another thing."):
+        text += more
+        with counted(speculator) as calls:
+            result = session.generate(text, 4)
+        assert sum(calls) < (1000 if not more else 40)
+        torch.testing.assert_close(result.selection.importance, sp.select(text).importance, atol=1e-6, rtol=1e-4)
+        tokens, _ = from_scratch(sp, result.selection.input_ids, result.selection.kept_indices, 4)
+        assert list(result.tokens) == tokens
+    assert result.selection.reused_tokens > 100
+    assert result.selection.reused_tokens < result.prompt_tokens  # counted in the speculator's own, longer tokens

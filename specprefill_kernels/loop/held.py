@@ -6,7 +6,7 @@ as no token between them is to be read too. Everything behind that is computed a
 
     held     the cached positions that the new prompt may use
     anew     what a run from scratch would keep
-    wanted   of `anew`: what is protected, and the best `bring_back` of it
+    wanted   of `anew`: what is protected, and the best `bring_back` of the rest
     cut      the first wanted position that is not held; the end of the held ones if there is none
     kept     held in front of the cut, `anew` from the cut on
 
@@ -102,8 +102,8 @@ def join(
         bring_back: fraction of what a run from scratch would keep of the earlier turns, best chunks first, that must be
             kept even where that means to compute again what comes after it; one chunk at least. 1 brings back whatever
             a run from scratch would keep; 0 nothing but protected tokens.
-        growth: kept tokens may be this many times `anew`'s (prompts shorter than `config.min_prompt_tokens` excepted);
-            where they would be more, the cut comes earlier. None: no limit.
+        growth: kept tokens may be this many times `anew`'s, and `config.min_prompt_tokens` in any case; where they
+            would be more, the cut comes earlier. None: no limit.
     """
     seq_len = anew.prompt_tokens
     chosen, cached = _mask(anew.kept_indices, seq_len), _mask(held, seq_len)

@@ -35,13 +35,19 @@ class Session:
     `kept_indices`: tokens that come back in the middle change what later ones attend to, so from the first of them on
     the base computes again. The answer's own tokens are cached like others.
 
-    What a turn keeps. The budget, applied to the whole conversation, says what a run from scratch would keep. Of that,
-    what is protected and the best `bring_back` must be there. From the first such token that is not cached on, exactly
-    what a run from scratch would keep is kept; in front of it, what is cached. With nothing to bring back that is the
-    cache and the new turn's chunks (the end of a user turn among them, which is protected). So cached tokens are not
-    paid from the budget: it bounds what the base computes in one turn, which is never more than from scratch, and new
-    chunks get in however full the cache is. `kept_tokens` may be more than the budget: then `overflow` is set and
-    `reason` has the numbers. `growth` limits it.
+    What a turn keeps. The budget, applied to the whole conversation, says what a run from scratch would keep. From the
+    first token of that on which is not cached, exactly that is kept; in front of it, what is cached. With nothing to
+    bring back that is the cache and the new turn's chunks. So cached tokens are not paid from the budget. It bounds
+    what the base computes in one turn, never more than from scratch; nothing that a run from scratch would keep is
+    missing; and new chunks get in however full the cache is. `kept_tokens` may be more than the budget: then `overflow`
+    is set and `reason` has the numbers. `growth` limits it.
+
+    Bringing back less (`bring_back`) computes less and loses what later questions need. SmolLM2-135M, 8 documents of
+    1100 tokens, a fact asked for in each of three turns, 20% kept:
+
+        bring_back                              0          0.5        0.75       1
+        turn 2: fact kept, tokens computed      0.38  20   0.88  84   1.00 100   1.00 108    from scratch 1.00 219
+        turn 3                                  0.00  22   0.25  63   0.62 100   0.75 140    from scratch 0.75 228
 
     A base that cannot prefill sparsely runs `model.generate` each turn and reuses nothing; `reason` says so. One whose
     speculator cannot be scored runs dense turns that do reuse the base's cache. With `self_layers` the lower layers
@@ -56,10 +62,10 @@ class Session:
         loop: both models, config and tokenizer.
         system: system prompt of `ask`.
         tools: tool definitions for the chat template, in every call.
-        bring_back: fraction of what a run from scratch would keep, the most important part, that must be kept even
-            where that means to compute again what comes after it. 1: all of it. 0: only what is protected.
+        bring_back: fraction of what a run from scratch would keep of the earlier turns, best chunks first, that must be
+            kept even where that means to compute again what comes after it. 0: only what is protected.
         growth: kept tokens are at most this many times those of a run from scratch; where they would be more, more is
-            computed again. Prompts of fewer than `min_prompt_tokens` kept tokens are left alone. None: no limit.
+            computed again. Up to `min_prompt_tokens` are always allowed. None: no limit.
 
     Attributes:
         messages: the conversation that `ask` keeps: a list to read, edit or extend between two calls.
@@ -79,7 +85,7 @@ class Session:
         *,
         system: str | None = None,
         tools: Sequence[Any] | None = None,
-        bring_back: float = 0.5,
+        bring_back: float = 1.0,
         growth: float | None = 2.0,
     ) -> None:
         if isinstance(bring_back, bool) or not 0 <= bring_back <= 1:
