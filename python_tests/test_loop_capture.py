@@ -113,9 +113,10 @@ def test_the_implementation_comes_back_after_an_exception():
         model(input_ids=prompt())
 
 
-def test_another_thread_is_not_captured():
-    """The handler belongs to the thread that set it, even on the same model."""
-    model, ids = build("llama"), prompt()
+@pytest.mark.parametrize(("attn", "behind"), [("sdpa", False), ("sdpa", True), ("eager", True)])
+def test_another_thread_is_not_captured(attn, behind):
+    """The handler belongs to the thread that set it, even on the same model; masks made here are for that thread."""
+    model, ids = build("gemma3", attn=attn), prompt()
     capture = Capture(attention_configs(model), None)
     result = {}
 
@@ -125,7 +126,7 @@ def test_another_thread_is_not_captured():
 
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-    with capture.running(1):
+    with capture.running(1, behind=behind):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()

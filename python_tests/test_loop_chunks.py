@@ -279,3 +279,32 @@ def test_early_eos_behind_chunks():
         assert parts.look_ahead_tokens == whole.look_ahead_tokens == tuple(tokens[:step])
         assert parts.num_look_ahead == whole.num_look_ahead
         torch.testing.assert_close(parts.importance, whole.importance, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize(("rows", "total"), [(1, 300), (100, 300), (300, 300)])
+def test_chunk_attention_on_a_gpu(rows, total, window, dtype):
+    """Half precision without a window runs flash attention aligned at the end; all else masks in stretches of rows."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(1, 4, rows, 64, generator=generator, device="cuda").to(dtype)
+    key, value = (torch.randn(1, 2, total, 64, generator=generator, device="cuda").to(dtype) for _ in range(2))
+    module = build("llama").model.layers[0].self_attn  # two query heads for each key head
+    output, _ = chunk_attention(
+        ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, scaling=0.125, sliding_window=window, dropout=0.0
+    )
+    expected = attention_by_hand(query.cpu(), key.cpu(), value.cpu(), 0.125, window)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(output.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", MODES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_chunks_on_a_gpu(family, queries):
+    model, ids = build(family).to("cuda"), prompt().to("cuda")
+    whole = Speculator(model, config(queries, None)).score(ids)
+    parts = Speculator(model, config(queries, 40)).score(ids)
+    assert parts.look_ahead_tokens == whole.look_ahead_tokens
+    torch.testing.assert_close(parts.importance, whole.importance, atol=1e-5, rtol=1e-2)

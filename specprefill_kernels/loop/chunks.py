@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 MAX_ENTRIES = 1 << 24
 
 # What plain SDPA computes nothing of: attention sinks, biases and soft caps stay with the model's own function.
-_PLAIN = {"scaling", "sliding_window", "dropout", "is_causal", "position_ids", "use_cache", "cache_position"}
+_PLAIN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "cache_position"}
 
 
 def chunk_lengths(total: int, chunk: int | None, last: int) -> list[int]:
