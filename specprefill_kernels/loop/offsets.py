@@ -10,8 +10,10 @@ A tokenizer without spans is decoded token by token; the pieces have to join to 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,10 +50,15 @@ def encode(tokenizer: Any, text: str, *, special: bool, name: str = "tokenizer")
     """
     if not getattr(tokenizer, "is_fast", False):
         return _decoded(tokenizer, text, special, name)
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
-    spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-    added = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
-    return Encoded(encoded["input_ids"], complete(spans, added, text), added)
+    return told(tokenizer(text, add_special_tokens=special).encodings[0], text)
+
+
+def told(encoding: Any, text: str) -> Encoded:
+    """What a fast tokenizer's own record of an encoded text says. Its lists are long; nothing else asks for them."""
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
+    spans = torch.from_numpy(offsets)
+    added = torch.from_numpy(np.array(encoding.special_tokens_mask, dtype=bool))
+    return Encoded(encoding.ids, complete(spans, added, text), added)
 
 
 def complete(spans: Tensor, added: Tensor, text: str) -> Tensor:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specprefill_kernels.loop.align import project_importance
-from specprefill_kernels.loop.offsets import Encoded, complete, encode, pieces
+from specprefill_kernels.loop.offsets import Encoded, complete, encode, pieces, told
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Prompt:
         templated: a chat template has written the special tokens into the text.
         messages: the chat messages, if it was a chat.
         template_options: what the chat template was given beside them.
-        encoded: the tokens' characters, where a fast tokenizer told them.
+        encoding: the record that a fast tokenizer made of the text.
     """
 
     input_ids: Tensor
@@ -40,7 +41,12 @@ class Prompt:
     templated: bool = False
     messages: tuple[Mapping[str, Any], ...] | None = field(default=None, repr=False)
     template_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    encoded: Encoded | None = field(default=None, repr=False)
+    encoding: Any = field(default=None, repr=False)
+
+    @cached_property
+    def encoded(self) -> Encoded | None:
+        """The tokens and their characters, where a fast tokenizer made them. Found out when first asked for."""
+        return None if self.encoding is None or self.text is None else told(self.encoding, self.text)
 
 
 def is_batch(prompt: Any) -> bool:
@@ -89,14 +95,10 @@ def _from_text(text: str, tokenizer: Any, *, special: bool, **fields: Any) -> Pr
         raise ValueError(
             f"prompt: expected text that UTF-8 can hold, got half a surrogate pair at character {surrogate}"
         )
-    encoded = None
-    if getattr(tokenizer, "is_fast", False):
-        encoded = encode(tokenizer, text, special=special)
-        ids = encoded.ids
-    else:
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    input_ids = torch.tensor([ids], dtype=torch.int64)
-    return _checked(Prompt(input_ids, text, templated=not special, encoded=encoded, **fields))
+    batch = tokenizer(text, add_special_tokens=special)
+    encoding = batch.encodings[0] if getattr(tokenizer, "is_fast", False) else None
+    input_ids = torch.tensor([batch["input_ids"]], dtype=torch.int64)
+    return _checked(Prompt(input_ids, text, templated=not special, encoding=encoding, **fields))
 
 
 def _broken(text: str) -> bool:
@@ -121,7 +123,7 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any) -> tuple[str, Tensor]:
     Raises:
         ValueError: the tokenizer has no spans, and its tokens do not decode to the text.
     """
-    if prompt.encoded is not None and prompt.text is not None:
+    if prompt.text is not None and prompt.encoded is not None:
         return prompt.text, prompt.encoded.spans
     if prompt.text is None:
         return _text_of_ids(prompt.input_ids[0].tolist(), _need(tokenizer))
