@@ -255,6 +255,24 @@ def test_the_document_works_with_the_keyboard_alone(show) -> None:
     assert opened.page.locator("#tip").is_hidden()
 
 
+def test_the_note_follows_its_token_when_the_page_scrolls_until_it_is_closed(show) -> None:
+    opened = show(full())
+    opened.still("#document i[data-p='100']")
+    opened.page.locator("#document").focus()
+    opened.page.keyboard.press("ArrowRight")
+
+    def scroll(by: int) -> None:
+        opened.page.evaluate(f"scrollBy(0, {by})")
+        opened.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    before = opened.page.locator("#tip").bounding_box()["y"]
+    scroll(-60)
+    assert opened.page.locator("#tip").bounding_box()["y"] == pytest.approx(before + 60, abs=1)
+    opened.page.keyboard.press("Escape")
+    scroll(60)
+    assert opened.page.locator("#tip").is_hidden()
+
+
 def test_with_kept_text_only_the_arrows_pass_what_is_hidden(show) -> None:
     report = full()
     opened = show(report)
