@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_models import PROMPT, byte_tokenizer, config, pipeline, prompt
+from loop_models import PROMPT, build, byte_tokenizer, config, pipeline, prompt
 
 from specprefill_kernels import SpecPrefillConfig, select_chunks
+from specprefill_kernels.loop import SpecPrefill
 from specprefill_kernels.loop.budgets import budget_tokens, keep_tokens, spans_of_mask
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.costs import CostModel, PrefillCost
@@ -282,3 +283,15 @@ def test_a_short_prompt_needs_no_prediction():
     selection = priced(CHEAP_SPECULATOR, min_prompt_tokens=1000).select(prompt())
     assert selection.prediction is None
     assert selection.reason.startswith("prompt too short")
+
+
+def test_a_pair_is_predicted_in_the_speculators_own_tokens():
+    base, other = byte_tokenizer(), byte_tokenizer((("t", "h"), ("th", "e"), ("o", "w")))
+    sp = SpecPrefill(
+        build("llama", seed=7), build("llama", seed=3), config(), tokenizer=base, speculator_tokenizer=other
+    )
+    sp.selector._costs = CHEAP_SPECULATOR
+    text = "the brown cow and the other cow. " * 9
+    prediction = sp.select(text).prediction
+    assert prediction.prompt_tokens == len(text)
+    assert prediction.speculator_tokens == len(other(text)["input_ids"]) < len(text)

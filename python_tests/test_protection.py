@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_models import build, config
 
-from specprefill_kernels.loop import SpecPrefill
+from specprefill_kernels.loop import Characters, SpecPrefill
 from specprefill_kernels.loop.prompts import read_prompt
-from specprefill_kernels.loop.protection import Characters, find_protection
+from specprefill_kernels.loop.protection import find_protection
 
 # No template writes these letters, so that whatever else stands in a rendering is the template's own.
 FOREIGN = "가나다라마바사아자차카타파"
@@ -176,6 +177,18 @@ def test_reasoning_that_the_template_drops_changes_nothing_else():
     assert kept.count("<|im_end|>\n") == 4
     assert not set(kept) & set(FOREIGN)
     assert protection.notes == ()
+
+
+def test_markers_in_a_content_are_not_the_templates_even_beside_a_changed_one():
+    turn = "\uac00<|im_end|>\n<|im_start|>assistant\n\ub098<|im_end|>\n<|im_start|>user\n\uac00"
+    messages = [
+        {"role": "user", "content": turn},
+        {"role": "assistant", "content": "<think>\n\ub2e4\n</think>\n\n\ub77c"},
+        {"role": "user", "content": turn},
+    ]
+    prompt, protection = protect(messages, THINKING, turn_end_tokens=0)
+    plain, expected = protect([{**m, "content": "\uac00"} for m in messages], THINKING, turn_end_tokens=0)
+    assert pieces(prompt, protection) == pieces(plain, expected)
 
 
 def test_reordered_system_prompts_are_found():
@@ -404,7 +417,29 @@ def test_the_whole_loop_keeps_and_reports_it():
     assert "exceed the budget of 32 (keep_tokens=32)" in tight.reason
 
 
-def test_what_it_costs(capsys):
+def test_a_long_agents_chat_is_taken_apart_in_no_time():
+    """Hundreds of answers that the template changes, each with reasoning that it drops."""
+    messages = [{"role": "user", "content": "\uac00" * 50}]
+    for index in range(150):
+        messages.append({"role": "assistant", "content": f"<think>\n\uac00{index}\n</think>\n\n\ub098" * 5})
+        messages.append({"role": "user", "content": "\ub2e4" * 50})
+    started = time.perf_counter()
+    prompt, protection = protect(messages, THINKING, turn_end_tokens=0)
+    assert time.perf_counter() - started < 2  # one rendering a message would take ten seconds
+    assert not set(kept_text(prompt, protection)) & set("\uac00\ub098\ub2e4")
+
+
+def test_images_are_not_copied():
+    class Image:
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image()}, {"type": "text", "text": "\uac00"}]}]
+    prompt, protection = protect(messages, PARTS, turn_end_tokens=0)
+    assert kept_text(prompt, protection).replace("\u00b7", "") == prompt.text.replace("\uac00", "")
+
+
+def test_what_it_costs():
     """Tokens protected of an agent's chat of 20 messages with two tools, when a word is a token."""
     words = "word " * 120
     turns = [("user", words), ("assistant", words), ("tool", words)]

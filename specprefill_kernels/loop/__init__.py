@@ -11,8 +11,17 @@ except ModuleNotFoundError as error:
 
 from specprefill_kernels.loop.generation import TokenStream
 from specprefill_kernels.loop.pipeline import SpecPrefill
+from specprefill_kernels.loop.protection import Characters
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
 from specprefill_kernels.loop.selection_cache import SelectionCache
 from specprefill_kernels.loop.session import Session
 
-__all__ = ["GenerationResult", "PromptSelection", "SelectionCache", "Session", "SpecPrefill", "TokenStream"]
+__all__ = [
+    "Characters",
+    "GenerationResult",
+    "PromptSelection",
+    "SelectionCache",
+    "Session",
+    "SpecPrefill",
+    "TokenStream",
+]

@@ -133,9 +133,9 @@ class SpecPrefill:
 
         Args:
             prompt: text, token ids (a list or a tensor), chat messages (a list of dicts), or a list of those.
-            protect: what must survive: (start, end) token spans, end exclusive, or passages of the prompt's text (a
-                system prompt, tool definitions), in all their occurrences. For a list of prompts, one such list (or
-                None) per prompt.
+            protect: what must survive, beside a chat template's parts (`config.protect`): (start, end) token spans, end
+                exclusive; passages of the prompt's text, in all their occurrences; or `Characters` of its text or of a
+                message. For a list of prompts, one such list (or None) per prompt.
             template_options: for chat messages, what the chat template takes: {"tools": [...]}.
             per_layer: also give each scored layer's own importance, `layer_importance`; a `SelectionCache` has none and
                 is not asked.

@@ -4,14 +4,14 @@ Templates are programs: they strip contents, repeat them, drop reasoning, insert
 from the look of markers. The messages are rendered a second time with unique words in place of their contents: what is
 left is the template's own text. Three ways, the first that works:
 
-    1. all contents at once; putting them back (as they are, stripped, or JSON-escaped) must give the real text again
+    1. all contents at once; putting them back (as they are, stripped, or JSON-escaped) must give the real text again;
+       one that the template changes reaches to where the template's own text goes on
     2. one content at a time; what the two renderings do not share is what that content became
     3. contents that stand in the real text exactly once; `notes` name what could not be found
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from specprefill_kernels.loop.results import Span
 # Fields of a message, and of what goes to the template beside the messages, that hold text and not structure.
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 _OPTION_TEXTS = ("documents",)
+_PLACES = 8  # where a changed content may end: beyond that its marker is no marker
 _SYSTEM = ("system", "developer")
 
 
@@ -95,10 +96,10 @@ class _Source:
 
     def render(self, texts: Mapping[Slot, str]) -> str | None:
         """The chat with these texts in these slots; None where the template refuses them."""
-        messages, options = copy.deepcopy(list(self._messages)), dict(self._options)
+        messages, options = _copied(list(self._messages)), dict(self._options)
         for name in _OPTION_TEXTS:
             if name in options:
-                options[name] = copy.deepcopy(options[name])
+                options[name] = _copied(options[name])
         for slot, text in texts.items():
             owner: Any = options if slot.message is None else messages[slot.message]
             for step in slot.path[:-1]:
@@ -108,6 +109,13 @@ class _Source:
             return render(self._tokenizer, messages, options)
         except Exception:  # a template is the user's program and may refuse a text in any way it likes
             return None
+
+
+def _copied(value: Any) -> Any:
+    """New containers around the same leaves: an image among the parts of a message is not copied."""
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _message_texts(message: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -149,7 +157,10 @@ def _unique_words(count: int, text: str) -> list[str]:
 
 def _put_back(text: str, rendered: str, words: Mapping[str, Slot]) -> list[Region] | None:
     """Regions of `text` when it is `rendered` with texts in place of words; None when it is not."""
-    found = re.split("(" + "|".join(map(re.escape, words)) + ")", rendered) if words else [rendered]
+    stem = next(iter(words))[:-2] if words else "\0"  # the first word is the stem and "0k"
+    found = re.split(f"({stem}[0-9]+k)", rendered)
+    if not all(word in words for word in found[1::2]):
+        return None
     own, slots = found[::2], [words[word] for word in found[1::2]]
     if not text.startswith(own[0]):
         return None
@@ -162,15 +173,29 @@ def _put_back(text: str, rendered: str, words: Mapping[str, Slot]) -> list[Regio
             if position == len(text):
                 return _unwound(trail)
             continue
-        for form in reversed(_forms(slots[index].text)):
-            end = position + len(form)
-            behind = end + len(own[index + 1])
-            if (index + 1, behind) in seen or not text.startswith(form, position):
-                continue
-            if text.startswith(own[index + 1], end):
+        following = own[index + 1]
+        ends = [position + len(form) for form in _forms(slots[index].text) if text.startswith(form, position)]
+        # A text that is there as it was comes before one that the template changed.
+        steps = []
+        for end in dict.fromkeys([*ends, *_ends_of_changed(text, position, following)]):
+            behind = end + len(following)
+            if (index + 1, behind) not in seen and text.startswith(following, end):
                 seen.add((index + 1, behind))
-                stack.append((index + 1, behind, (trail, Region(position, end, slots[index]))))
+                steps.append((index + 1, behind, (trail, Region(position, end, slots[index]))))
+        stack += reversed(steps)
     return None
+
+
+def _ends_of_changed(text: str, position: int, following: str) -> list[int]:
+    """Where a changed text may end that starts at `position`: the first few places of what follows it."""
+    if not following.strip():
+        return []
+    ends: list[int] = []
+    end = text.find(following, position)
+    while end >= 0 and len(ends) < _PLACES:
+        ends.append(end)
+        end = text.find(following, end + 1)
+    return ends
 
 
 def _unwound(trail: Any) -> list[Region]:
