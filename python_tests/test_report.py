@@ -110,14 +110,14 @@ def test_gaps_count_the_tokens_that_were_left_out() -> None:
 
 
 def test_chunks_of_the_map_are_as_wide_as_their_tokens_and_say_how_much_is_kept() -> None:
-    flags = [True] * 4 + [False] * 4 + [True, False, False, False] + [True] * 2
+    flags = [True] * 4 + [False] * 4 + [False, True, False, False] + [True] * 2
     pieces = [Piece("x", 0.1 + n, kept, n, n + 1) for n, kept in enumerate(flags)]
     text = page.render(reading(pieces=pieces, prompt_tokens=14, kept_tokens=7, chunk_size=4))
     bars = re.findall(r'<a href="#c(\d)" class="(\w+)" .*?style="(.*?)height', text)
     assert bars == [
         ("0", "kept", "flex-grow:4;"),
         ("1", "dropped", "flex-grow:4;"),
-        ("2", "part", "--share:25%;flex-grow:4;"),
+        ("2", "part", "--share:25%;--stops:var(--rest) 0% 25%,var(--kept) 25% 50%,var(--rest) 50% 100%;flex-grow:4;"),
         ("3", "kept", "flex-grow:2;"),
     ]
 

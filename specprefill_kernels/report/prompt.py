@@ -18,7 +18,7 @@ def map_of_chunks(r: Reading) -> str:
         kept = sum(piece.end - piece.position for piece in pieces if piece.kept)
         tokens = max(1, sum(piece.end - piece.position for piece in pieces))
         kind = "kept" if kept == tokens else "part" if kept else "dropped"
-        share = f"--share:{100 * kept / tokens:.0f}%;" if kind == "part" else ""
+        share = f"--share:{100 * kept / tokens:.0f}%;--stops:{_stops(pieces)};" if kind == "part" else ""
         bars.append(
             f'<a href="#c{number}" class="{kind}" tabindex="-1" data-c="{number}" '
             f'style="{share}flex-grow:{tokens};height:{height:.1f}%"></a>'
@@ -124,6 +124,16 @@ def facts(r: Reading) -> str:
         "layers": None if r.layers is None else layers_as_json(r.layers, r.pieces),
     }
     return json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _stops(pieces: Sequence[Piece]) -> str:
+    """Stops of a gradient: a chunk that is kept in part has its colour where its kept tokens are."""
+    start, tokens = pieces[0].position, pieces[-1].end - pieces[0].position
+    return ",".join(
+        f"var(--{'kept' if kept else 'rest'}) {100 * (run[0].position - start) / tokens:.0f}% "
+        f"{100 * (run[-1].end - start) / tokens:.0f}%"
+        for kept, run in _runs(pieces)
+    )
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
