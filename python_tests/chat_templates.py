@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from loop_models import byte_tokenizer
+from loop_models import byte_tokenizer, config
 from transformers import PreTrainedTokenizerFast
+
+from specprefill_kernels.loop.prompts import read_prompt
+from specprefill_kernels.loop.protection import find_protection
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -131,3 +134,23 @@ def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def protect(messages, template, spans=(), *, options=None, **changes):
+    tokenizer = chat_tokenizer(template)
+    prompt = read_prompt(messages, tokenizer, options)
+    return prompt, find_protection(prompt, spans, tokenizer, config(**changes))
+
+
+def kept_text(prompt, protection, blank="·"):
+    """The rendered text with everything that is not protected blanked out."""
+    _, spans = prompt.text, prompt.encoded.spans
+    chars = [blank] * len(prompt.text)
+    for (start, end), kept in zip(spans.tolist(), protection.mask.tolist()):
+        if kept:
+            chars[start:end] = prompt.text[start:end]
+    return "".join(chars)
+
+
+def pieces(prompt, protection):
+    return [piece for piece in kept_text(prompt, protection, "\0").split("\0") if piece]

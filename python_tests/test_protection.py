@@ -1,4 +1,4 @@
-"""What survives by itself: the parts of a chat template, found whatever the template does; and what a caller names."""
+"""What survives by itself: the parts of a chat template, found whatever the template does."""
 
 from __future__ import annotations
 
@@ -8,39 +8,33 @@ import time
 
 import pytest
 import torch
-from chat_templates import CHATML, DEEPSEEK, LLAMA2, LLAMA3, MISTRAL, NO_SYSTEM, PARTS, QWEN, TEMPLATES, THINKING, TOOLS
+from chat_templates import (
+    CHATML,
+    DEEPSEEK,
+    LLAMA3,
+    MISTRAL,
+    NO_SYSTEM,
+    PARTS,
+    QWEN,
+    TEMPLATES,
+    THINKING,
+    TOOLS,
+    kept_text,
+    pieces,
+    protect,
+)
 from chat_templates import chat_tokenizer as tokenizer_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_models import build, config
 
-from specprefill_kernels.loop import Characters, SpecPrefill
+from specprefill_kernels.loop import SpecPrefill
 from specprefill_kernels.loop.prompts import read_prompt
 from specprefill_kernels.loop.protection import find_protection
 
 # No template writes these letters, so that whatever else stands in a rendering is the template's own.
 FOREIGN = "가나다라마바사아자차카타파"
 CONTENT = st.text(alphabet=FOREIGN + " \n", min_size=1, max_size=30).filter(str.strip)
-
-
-def protect(messages, template, spans=(), *, options=None, **changes):
-    tokenizer = tokenizer_with(template)
-    prompt = read_prompt(messages, tokenizer, options)
-    return prompt, find_protection(prompt, spans, tokenizer, config(**changes))
-
-
-def kept_text(prompt, protection, blank="·"):
-    """The rendered text with everything that is not protected blanked out."""
-    _, spans = prompt.text, prompt.encoded.spans
-    chars = [blank] * len(prompt.text)
-    for (start, end), kept in zip(spans.tolist(), protection.mask.tolist()):
-        if kept:
-            chars[start:end] = prompt.text[start:end]
-    return "".join(chars)
-
-
-def pieces(prompt, protection):
-    return [piece for piece in kept_text(prompt, protection, "\0").split("\0") if piece]
 
 
 @st.composite
@@ -324,76 +318,6 @@ def test_text_and_ids_have_no_template():
     for form in ("<|im_start|>user\nhi<|im_end|>", tokenizer("hi there")["input_ids"]):
         protection = find_protection(read_prompt(form, tokenizer), None, tokenizer, config())
         assert (protection.mask, protection.spans, protection.parts, protection.notes) == (None, (), {}, ())
-
-
-def test_a_callers_spans():
-    text = "zero one two one three naïve 🙂 end"
-    tokenizer = tokenizer_with(CHATML)
-    prompt = read_prompt(text, tokenizer)
-
-    def kept(*spans):
-        return pieces(prompt, find_protection(prompt, spans, tokenizer, config()))
-
-    assert kept((0, 4)) == ["zero"]
-    assert kept("one") == ["one", "one"]
-    assert kept(Characters(5, 8)) == ["one"]
-    assert kept(Characters(text.index("🙂"), text.index("🙂") + 1)) == ["🙂"]
-    assert kept("one", (0, 4), Characters(4, 5)) == ["zero one", "one"]
-    parts = find_protection(prompt, ["one", "one two", "naïve"], tokenizer, config()).parts
-    assert parts == {"user": 3 + 7 + 6}
-    assert find_protection(read_prompt("aaaa", tokenizer), ["aaa"], tokenizer, config()).spans == ((0, 4),)
-
-
-def test_characters_of_a_message():
-    messages = [
-        {"role": "system", "content": "  system words "},
-        {"role": "user", "content": "나 one 나"},
-        {"role": "assistant", "content": "나 one 나"},
-        {"role": "user", "content": "  two 나"},
-    ]
-    for template in (CHATML, LLAMA2):
-        prompt, protection = protect(
-            messages, template, [Characters(2, 5, 2), Characters(2, 5, message=-1)], protect="none"
-        )
-        assert kept_text(prompt, protection).replace("·", " ").split() == ["one", "two"]
-        third = prompt.text.index("one", prompt.text.index("one") + 1)
-        assert kept_text(prompt, protection).index("one") == third
-        assert protection.parts == {"user": 6}
-
-
-@pytest.mark.parametrize(
-    ("span", "error"),
-    [
-        (Characters(3, 3), r"^protect\[0\]: expected 0 <= start < end <= \d+ characters, got \(3, 3\)"),
-        (Characters(-1, 3), "got"),
-        (Characters(0, 10**6), "characters"),
-        (Characters(0.5, 2), "characters"),
-        (Characters(0, 6, 0), r"expected 0 <= start < end <= 5 characters"),
-        (Characters(0, 1, 3), r"expected a message in \[-2, 2\), got 3"),
-        (Characters(0, 1, 1), r"expected a message whose content is text, got list"),
-        ("nowhere", "expected a passage"),
-        ("", "expected a passage"),
-        (7, r"expected a pair \(start, end\), a passage or Characters"),
-        ((0, 10**6), "expected 0 <= start < end"),
-    ],
-)
-def test_a_wrong_span_is_named(span, error):
-    messages = [{"role": "user", "content": "hello"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]
-    with pytest.raises(ValueError, match=error):
-        protect(messages, PARTS, [span])
-
-
-def test_characters_need_what_they_speak_of():
-    tokenizer = tokenizer_with(CHATML)
-    with pytest.raises(ValueError, match=r"expected message=None for a prompt that is no chat"):
-        find_protection(read_prompt("hello", tokenizer), [Characters(0, 1, 0)], tokenizer, config())
-    with pytest.raises(ValueError, match=r"expected \(start, end\) token spans where the prompt came as ids"):
-        find_protection(read_prompt([5, 6], tokenizer), [Characters(0, 1)], tokenizer, config())
-    template = "{% for m in messages %}<{{ m.content | replace('l', 'L') }}>{% endfor %}"
-    with pytest.raises(ValueError, match=r"it changes message 0"):
-        protect([{"role": "user", "content": "hello"}], template, [Characters(0, 2, 0)])
-    with pytest.raises(ValueError, match=r"expected characters that the chat template writes"):
-        protect([{"role": "user", "content": "   hello"}], TEMPLATES["gemma"], [Characters(0, 2, 0)])
 
 
 def test_the_whole_loop_keeps_and_reports_it():
