@@ -52,6 +52,15 @@ def test_newcombe_is_narrower_for_answers_that_agree() -> None:
     assert together[1] - together[0] < 0.6 * (apart[1] - apart[0])
 
 
+def test_newcombe_corrects_a_positive_correlation_for_continuity() -> None:
+    """16 both, 4 the first alone, 20 neither, of 40: phi = (16 * 20 - 40 / 2) / sqrt(20 * 20 * 16 * 24)."""
+    phi = 300 / math.sqrt(20 * 20 * 16 * 24)
+    (low1, high1), (low2, high2) = wilson(20, 40), wilson(16, 40)
+    below = math.sqrt((0.5 - low1) ** 2 - 2 * phi * (0.5 - low1) * (high2 - 0.4) + (high2 - 0.4) ** 2)
+    above = math.sqrt((high1 - 0.5) ** 2 - 2 * phi * (high1 - 0.5) * (0.4 - low2) + (0.4 - low2) ** 2)
+    assert newcombe(16, 4, 0, 20) == pytest.approx((0.1 - below, 0.1 + above))
+
+
 def test_newcombe_covers_the_true_difference() -> None:
     """95% intervals of 20 prompts hold the truth in about 95% of 2,000 draws."""
     rng = random.Random(0)
