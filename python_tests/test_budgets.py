@@ -132,6 +132,16 @@ def test_a_role_marker_costs_its_tokens_and_not_a_chunk():
     assert bool(whole.overflow[0])
 
 
+def test_the_budget_may_be_spent_to_the_last_token():
+    importance = torch.arange(640, 0, -1) / 640
+    must_keep = torch.zeros(640, dtype=torch.bool)
+    must_keep[:32] = True  # costs nothing: the best chunk
+    must_keep[400:432] = True
+    got = keep_tokens(importance, must_keep, SpecPrefillConfig(keep_tokens=256))
+    assert int(got.mask.sum()) == 256
+    assert spans_of_mask(got.mask) == ((0, 192), (400, 432), (608, 640))
+
+
 def test_few_selections_are_made_whatever_is_protected(monkeypatch):
     import specprefill_kernels.loop.budgets as budgets
 

@@ -136,6 +136,12 @@ def test_lost_characters_go_where_they_belong():
     assert complete(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), "").tolist() == []
 
 
+def test_a_character_that_a_later_token_has_is_not_lost():
+    """RoBERTa's tokenizer puts an empty prefix token between a special token and the word behind it."""
+    spans = torch.tensor([[0, 3], [4, 4], [3, 4]])
+    assert torch.equal(complete(spans, torch.zeros(3, dtype=torch.bool), "<s>x"), spans)
+
+
 def test_an_added_bos_and_eos_are_points_at_their_ends():
     encoded = encode(zoo("roberta"), "the fox", special=True)
     assert encoded.added.tolist() == [True] + [False] * (len(encoded.ids) - 2) + [True]
