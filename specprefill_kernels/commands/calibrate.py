@@ -15,11 +15,10 @@ from specprefill_kernels.commands.shared import (
     SPECULATOR,
     Device,
     Model,
-    Preset,
     Settings,
     Threads,
-    make_config,
     new_console,
+    parse_settings,
     plain_errors,
     set_threads,
 )
@@ -44,7 +43,10 @@ def calibrate(
         Optional[list[float]],  # noqa: UP045
         typer.Option(help="May be repeated; default: 0.1, 0.2 and 0.3."),
     ] = None,
-    preset: Preset = "paper",
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="paper, pflash or llama_cpp; default: the library's own configuration."),
+    ] = None,
     settings: Settings = None,
     source: Annotated[
         Optional[list[Path]],  # noqa: UP045
@@ -56,13 +58,14 @@ def calibrate(
     """Finds the layers of a speculator that keep what a question needs. Interrupted, it goes on next time."""
     console, errors = new_console(), new_console(stderr=True)
     with plain_errors():
-        from specprefill_kernels import models
+        from specprefill_kernels import SpecPrefillConfig, models
         from specprefill_kernels.models import RichProgress
         from specprefill_kernels.quality import calibrate as room
 
         models.check_name(speculator)
         names = room.CALIBRATION_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
-        config = make_config(preset, settings=settings)
+        config = SpecPrefillConfig() if preset is None else SpecPrefillConfig.preset(preset)
+        config = config.replace(**parse_settings(settings))
         set_threads(threads)
         progress = RichProgress(errors)
         with progress.task(f"Loading {speculator}"):
