@@ -13,10 +13,12 @@ from specprefill_kernels.loop import SpecPrefill
 from specprefill_kernels.loop.budgets import budget_tokens, keep_tokens, spans_of_mask
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.costs import CostModel, PrefillCost
+from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.prompts import Prompt
 from specprefill_kernels.loop.protection import Protection
 from specprefill_kernels.loop.scoring import Speculation
 from specprefill_kernels.loop.selecting import Selector
+from specprefill_kernels.loop.speculator import Speculator
 
 
 def definition(importance: list[float], protected: set[int], cfg: SpecPrefillConfig) -> tuple[set[int], bool]:
@@ -154,7 +156,7 @@ def test_few_selections_are_made_whatever_is_protected(monkeypatch):
     assert len(calls) <= 12
 
 
-def chosen(importance, cfg, *, protected=None, held=None):
+def chosen(importance, cfg, *, protected=None):
     """`Selector.choose` on an importance made by hand."""
     selector = Selector(None, None, cfg, None, torch.device("cpu"))
     ids = Prompt(torch.arange(len(importance))[None])
@@ -165,7 +167,7 @@ def chosen(importance, cfg, *, protected=None, held=None):
         mask[protected] = True
     spans = () if mask is None else spans_of_mask(mask)
     protection = Protection(mask, spans, {} if mask is None else {"user": int(mask.sum())})
-    return selector.choose(ids, protection, speculation, StageClock(), held=held)
+    return selector.choose(ids, protection, speculation, StageClock())
 
 
 def test_keep_mass_follows_the_content():
@@ -182,21 +184,31 @@ def test_keep_mass_follows_the_content():
     assert not guarded.overflow
 
 
-def test_held_tokens_are_kept_and_paid_first():
+def test_protected_tokens_are_paid_first_and_overflow_is_said():
     importance = torch.rand(320, generator=torch.Generator().manual_seed(0))
-    held = torch.zeros(320, dtype=torch.bool)
-    held[10:50] = True
-    free = chosen(importance, config(keep_tokens=96))
-    turn = chosen(importance, config(keep_tokens=96), held=held)
-    assert set(range(10, 50)) <= set(turn.kept_indices.tolist())
-    assert turn.kept_tokens <= 96
-    assert turn.kept_tokens > 96 - 16
-    assert "40 held in the cache" in turn.reason
-    assert "held" not in free.reason
-    over = chosen(importance, config(keep_tokens=48), held=held, protected=[200])
+    guarded = chosen(importance, config(keep_tokens=96), protected=list(range(10, 50)))
+    assert set(range(10, 50)) <= set(guarded.kept_indices.tolist())
+    assert 96 - 16 < guarded.kept_tokens <= 96
+    assert "40 protected (user 40)" in guarded.reason
+    over = chosen(importance, config(keep_tokens=48), protected=[*range(10, 50), 200])
     assert over.overflow
     assert set(over.kept_indices.tolist()) == {*range(10, 50), 200, *range(304, 320)}
     assert "41 tokens that must survive and the last chunk exceed the budget of 48 (keep_tokens=48)" in over.reason
+
+
+def test_costs_count_until_a_memory_holds_something():
+    """The first turn of a conversation is a whole prompt; of later ones whole-prompt seconds say nothing."""
+    base, speculator, settings = build("llama", seed=7), build("llama", seed=3), config()
+    costs = CostModel(PrefillCost(per_token=1e-3), PrefillCost(per_token=1e-3))
+    selector = Selector(Speculator(speculator, settings), None, settings, None, base.device, costs)
+    memory = SpeculatorMemory()
+
+    def mode(ids):
+        return selector.select(Prompt(ids), Protection(), StageClock(), memory=memory).mode
+
+    assert mode(prompt()) == "dense"
+    Speculator(speculator, settings).score(prompt(), memory=memory)
+    assert mode(prompt()) == "sparse"
 
 
 def test_one_speculation_serves_every_budget():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loop_models import build, config
 
-from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
+from specprefill_kernels.loop.costs import CostModel, Prediction, PrefillCost, identity_of
 
 BASE = PrefillCost(0.5, 10e-3, 2e-6)
 SMALL = PrefillCost(0.1, 1e-3, 1e-6)
@@ -134,6 +134,9 @@ class TestPrediction:
             "keeping 200 of 1000 tokens is predicted to take 4.83 s, 2.6x faster than the 12.5 s of a full prefill"
         )
         assert "no faster than the 12.5 s" in TWO_MODELS.predict(1000, 1000).text
+        slightly = Prediction(1.0, 0.97, {}, 100, 50, 100)
+        assert not slightly.pays
+        assert "hardly faster than the 1 s" in slightly.text
 
     def test_the_text_says_when_it_extrapolates(self):
         assert "extrapolated" not in TWO_MODELS.predict(2048, 5).text

@@ -1,7 +1,7 @@
 """SpecPrefillConfig: every choice that known implementations of speculative prefill make differently, in one place.
 
-The scoring defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789). The paper protects nothing; here the
-parts of a chat template survive by default.
+The scoring defaults are the paper's (Liu, Chen, Zhang, ICML 2025, arXiv 2502.02789). The paper protects nothing; here
+the parts of a chat template survive by default.
 """
 
 from collections.abc import Mapping
@@ -106,7 +106,7 @@ class SpecPrefillConfig:
     window: str = "mask"
     prefill_chunk: int | None = 4096
     protect: str = "template"
-    turn_end_tokens: int = 64
+    turn_end_tokens: int = 32
     sink: int = 0
     tail: int = 0
     min_prompt_tokens: int = 256

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from specprefill_kernels.loop.results import GenerationResult
     from specprefill_kernels.models.progress import Progress
 
+# A smaller gain is within what predictions err, and a full prefill loses no quality.
+LEAST_GAIN = 1.05
 _VERSION = 1
 _COSTS = ("base", "speculator", "look_ahead_step", "score", "select", "lower", "upper")
 
@@ -107,15 +109,17 @@ class Prediction:
 
     @property
     def pays(self) -> bool:
-        """Whether speculative prefill is the faster way."""
-        return self.sparse < self.full
+        """Whether speculative prefill is the faster way, by `LEAST_GAIN` at least."""
+        return self.sparse * LEAST_GAIN < self.full
 
     @property
     def text(self) -> str:
         """One sentence with both times."""
         far = self.measured_tokens is not None and self.prompt_tokens > 2 * self.measured_tokens
         note = f" (extrapolated: costs were measured up to {self.measured_tokens} tokens)" if far else ""
-        verdict = f"{self.full / self.sparse:.1f}x faster" if self.pays else "no faster"
+        verdict = "hardly faster" if self.sparse < self.full else "no faster"
+        if self.pays:
+            verdict = f"{self.full / self.sparse:.1f}x faster"
         return (
             f"keeping {self.kept_tokens} of {self.prompt_tokens} tokens is predicted to take {self.sparse:.3g} s, "
             f"{verdict} than the {self.full:.3g} s of a full prefill{note}"

@@ -65,7 +65,6 @@ class Selector:
         clock: StageClock,
         *,
         memory: SpeculatorMemory | None = None,
-        held: Tensor | None = None,
         per_layer: bool = False,
     ) -> PromptSelection:
         """What the base reads of this prompt.
@@ -74,7 +73,6 @@ class Selector:
             protection: what must survive, see `find_protection`.
             clock: takes the seconds of each stage.
             memory: what the speculator remembers of an earlier prompt; it stands for this one afterwards.
-            held: [T] bool, tokens that the base's cache already has: kept, and paid from the budget first.
             per_layer: also give each layer's own importance.
         """
         reason, prediction = self.dense_reason(prompt, protection), None
@@ -82,11 +80,11 @@ class Selector:
             try:
                 crossing = self._cross(prompt, clock)
                 # With a cache to go on from, the seconds of whole prompts say nothing.
-                if self._costs is not None and memory is None and held is None:
+                if self._costs is not None and not memory:
                     prediction, reason = self._predict(prompt, protection, crossing)
                 if reason is None:
                     speculation = self._speculate(prompt, crossing, clock, memory, per_layer)
-                    selection = self.choose(prompt, protection, speculation, clock, held=held, prediction=prediction)
+                    selection = self.choose(prompt, protection, speculation, clock, prediction=prediction)
                     return selection if prediction is None else self._predicted_again(selection, crossing)
             except NothingToScore as problem:
                 reason = str(problem)
@@ -144,7 +142,6 @@ class Selector:
         speculation: Speculation,
         clock: StageClock,
         *,
-        held: Tensor | None = None,
         config: SpecPrefillConfig | None = None,
         prediction: Prediction | None = None,
     ) -> PromptSelection:
@@ -152,7 +149,6 @@ class Selector:
 
         Args:
             speculation: with importance over the base's tokens.
-            held: [T] bool, tokens that the base's cache already has.
             config: another budget, chunk size, sink or tail than the Selector's, for the same importance.
             prediction: goes into the result.
         """
@@ -160,7 +156,7 @@ class Selector:
         seq_len = prompt.input_ids.shape[1]
         with clock.stage("select"):
             importance = speculation.importance
-            must_keep = _united(protection.mask, held, importance.device)
+            must_keep = None if protection.mask is None else protection.mask.to(importance.device)
             mask, overflow = keep_tokens(importance, must_keep, config)
             kept = mask.nonzero()[:, 0].to(self._device)
             spans = spans_of_mask(mask)
@@ -169,7 +165,7 @@ class Selector:
         if dense:
             reason = "the selection kept every token"
         else:
-            reason = f"kept {count} of {seq_len} tokens{_account(protection, held)}"
+            reason = f"kept {count} of {seq_len} tokens{_account(protection)}"
         if overflow:
             reason += _overflow(must_keep, config, seq_len)
         used = {speculation.backend, resolve("select_chunks", config.backend, importance.device.type)}
@@ -289,13 +285,6 @@ class Selector:
             )
 
 
-def _united(protected: Tensor | None, held: Tensor | None, device: torch.device) -> Tensor | None:
-    masks = [mask.to(device) for mask in (protected, held) if mask is not None]
-    if not masks:
-        return None
-    return masks[0] if len(masks) == 1 else masks[0] | masks[1]
-
-
 def _speculator_tokens(seq_len: int, crossing: Crossing | None) -> int:
     return seq_len if crossing is None else int(crossing.input_ids.shape[1])
 
@@ -305,13 +294,12 @@ def _budget(config: SpecPrefillConfig) -> str:
     return f"{name}={value}"
 
 
-def _account(protection: Protection, held: Tensor | None) -> str:
-    """', 57 protected (markers 40, turn end 17)', and what was in the cache."""
-    text = ""
-    if protection.mask is not None:
-        parts = ", ".join(f"{label} {count}" for label, count in protection.parts.items())
-        text = f", {int(protection.mask.sum())} protected ({parts})"
-    return text if held is None else f"{text}, {int(held.sum())} held in the cache"
+def _account(protection: Protection) -> str:
+    """', 57 protected (markers 40, turn end 17)'."""
+    if protection.mask is None:
+        return ""
+    parts = ", ".join(f"{label} {count}" for label, count in protection.parts.items())
+    return f", {int(protection.mask.sum())} protected ({parts})"
 
 
 def _overflow(must_keep: Tensor | None, config: SpecPrefillConfig, seq_len: int) -> str:
