@@ -15,6 +15,7 @@ from specprefill_kernels.commands.shared import (
     SPECULATOR,
     Device,
     Model,
+    Preset,
     Settings,
     Threads,
     new_console,
@@ -43,10 +44,7 @@ def calibrate(
         Optional[list[float]],  # noqa: UP045
         typer.Option(help="May be repeated; default: 0.1, 0.2 and 0.3."),
     ] = None,
-    preset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="paper, pflash or llama_cpp; default: the library's own configuration."),
-    ] = None,
+    preset: Preset = "default",
     settings: Settings = None,
     source: Annotated[
         Optional[list[Path]],  # noqa: UP045
@@ -64,7 +62,7 @@ def calibrate(
 
         models.check_name(speculator)
         names = room.CALIBRATION_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
-        config = SpecPrefillConfig() if preset is None else SpecPrefillConfig.preset(preset)
+        config = SpecPrefillConfig.preset(preset)
         config = config.replace(**parse_settings(settings))
         set_threads(threads)
         progress = RichProgress(errors)
@@ -116,6 +114,8 @@ def _show(result: Calibration, console: Console) -> None:
     if result.score_layers is None:
         console.print("No set of layers is clearly better than all: leave score_layers as it is.", style="bold")
         return
+    if gain["low"] <= 0:
+        console.print("So few prompts do not prove the gain: more of them, with --prompts, would tell.", style="dim")
     layers = ",".join(map(str, result.score_layers)) + ("," if len(result.score_layers) == 1 else "")
     console.print(f'Use it: --set "score_layers=({layers})"', style="bold", markup=False, soft_wrap=True)
 
