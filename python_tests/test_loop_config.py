@@ -74,6 +74,7 @@ def test_frozen():
 
 def test_presets():
     assert SpecPrefillConfig.preset("paper") == SpecPrefillConfig(protect="none")
+    assert SpecPrefillConfig.preset("default").protect == "template"
     assert SpecPrefillConfig.preset("pflash").queries == "observation_window"
     assert SpecPrefillConfig.preset("llama_cpp", keep_ratio=0.5).keep_ratio == 0.5
     with pytest.raises(ValueError, match=r"^name: expected one of"):

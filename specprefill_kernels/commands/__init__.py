@@ -1,9 +1,10 @@
-"""specprefill demo | generate | select | eval | show-config: one command, one file."""
+"""specprefill demo | generate | select | eval | calibrate | show-config: one command, one file."""
 
 from __future__ import annotations
 
 import typer
 
+from specprefill_kernels.commands.calibrate import calibrate
 from specprefill_kernels.commands.demo import demo
 from specprefill_kernels.commands.evaluate import evaluate
 from specprefill_kernels.commands.generate import generate
@@ -16,6 +17,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Speculative prefill: a small model marks what matters in a long prompt, the large one reads only that.",
 )
-for command in (demo, generate, select, show_config):
+for command in (demo, generate, select, calibrate, show_config):
     app.command()(command)
 app.command("eval")(evaluate)

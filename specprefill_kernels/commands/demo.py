@@ -35,7 +35,7 @@ def demo(
     base: Model = BASE,
     speculator: Model = SPECULATOR,
     keep_ratio: KeepRatio = DEMO_KEEP_RATIO,
-    preset: Preset = "paper",
+    preset: Preset = "default",
     settings: Settings = None,
     document: Annotated[
         Optional[Path],  # noqa: UP045

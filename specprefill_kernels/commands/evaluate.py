@@ -18,6 +18,7 @@ from specprefill_kernels.commands.shared import (
     SPECULATOR,
     Device,
     Model,
+    Preset,
     SelfLayers,
     Settings,
     Threads,
@@ -72,10 +73,7 @@ def evaluate(
         int,
         typer.Option(min=1, help="Room for an answer to a generated prompt, where its task asks for less."),
     ] = ANSWER_TOKENS,
-    preset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="paper, pflash or llama_cpp; default: the library's own configuration."),
-    ] = None,
+    preset: Preset = "default",
     settings: Settings = None,
     self_layers: SelfLayers = None,
     source: Annotated[
@@ -158,7 +156,7 @@ def evaluate(
                     )
             except KeyboardInterrupt:
                 errors.print(f"Interrupted. The same command goes on from {file.path}.")
-                raise typer.Exit(130) from None
+                raise SystemExit(130) from None  # as after any Ctrl-C; typer's own exit would count as an error here
         if not finished:
             errors.print("The time is up. The same command goes on; the figures are of the prompts so far.")
         summary = summarize(file.records)
@@ -173,13 +171,13 @@ def evaluate(
             console.print(f"Kept {shares}: within the noise of the full prompt, and far ahead of random chunks.")
 
 
-def _config(preset: str | None, settings: Sequence[str] | None) -> Any:
+def _config(preset: str, settings: Sequence[str] | None) -> Any:
     from specprefill_kernels.config import SpecPrefillConfig
 
     for setting in settings or ():
         if setting.strip().startswith("keep_"):
             raise ValueError(f"--set: expected --keep-ratio for the budgets to compare, got {setting!r}")
-    config = SpecPrefillConfig() if preset is None else SpecPrefillConfig.preset(preset)
+    config = SpecPrefillConfig.preset(preset)
     return config.replace(**parse_settings(settings))
 
 

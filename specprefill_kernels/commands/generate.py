@@ -39,7 +39,7 @@ def generate(
     keep_ratio: KeepRatio = None,
     keep_tokens: KeepTokens = None,
     keep_mass: KeepMass = None,
-    preset: Preset = "paper",
+    preset: Preset = "default",
     settings: Settings = None,
     protect: Protect = None,
     self_layers: SelfLayers = None,

@@ -30,7 +30,7 @@ KeepMass = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(min=0.0, max=1.0, help="Keep the fewest chunks that hold this share of the importance."),
 ]
-Preset = Annotated[str, typer.Option(help="paper, pflash or llama_cpp.")]
+Preset = Annotated[str, typer.Option(help="default, paper, pflash or llama_cpp.")]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", metavar="FIELD=VALUE", help="Any field of SpecPrefillConfig; may be repeated."),
@@ -65,7 +65,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def make_config(
-    preset: str = "paper",
+    preset: str = "default",
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
     keep_mass: float | None = None,

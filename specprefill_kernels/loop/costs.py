@@ -201,7 +201,7 @@ class CostModel:
         return measure(
             base,
             speculator,
-            SpecPrefillConfig() if config is None else config,
+            SpecPrefillConfig.preset("default") if config is None else config,
             self_layers=self_layers,
             tokenizer=tokenizer,
             speculator_tokenizer=speculator_tokenizer,

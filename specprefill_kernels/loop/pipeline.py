@@ -43,7 +43,7 @@ class SpecPrefill:
     Args:
         base: a Transformers causal language model.
         speculator: a smaller one; the base itself is allowed. None with `self_layers`.
-        config: see `SpecPrefillConfig`; default: the paper's.
+        config: see `SpecPrefillConfig`; None: its preset "default".
         tokenizer: the base's; needed for prompts of text or messages, and for text in results.
         speculator_tokenizer: the speculator's, if it has other tokens than the base.
         self_layers: (first, last), both included, of the base's own layers to score: no second model and no second
@@ -76,7 +76,7 @@ class SpecPrefill:
         costs: CostModel | None = None,
         selection_cache: SelectionCache | None = None,
     ) -> None:
-        config = SpecPrefillConfig() if config is None else config
+        config = SpecPrefillConfig.preset("default") if config is None else config
         if not isinstance(config, SpecPrefillConfig):
             raise TypeError(f"config: expected a SpecPrefillConfig, got {type(config).__name__}")
         if base.config.is_encoder_decoder:
