@@ -112,6 +112,25 @@ def test_no_time_leaves_no_figures_and_says_so(tiny, tmp_path) -> None:
     assert "expected at least one prompt answered by every method" in " ".join(result.stderr.split())
 
 
+def test_an_interrupted_call_says_how_to_go_on_and_the_next_one_does(tiny, tmp_path, monkeypatch) -> None:
+    from specprefill_kernels.quality.records import RecordFile
+
+    append = RecordFile.append
+
+    def interrupted(self, record) -> None:
+        if len(self.records) == 5:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    monkeypatch.setattr(RecordFile, "append", interrupted)
+    result = invoke(*small(tiny, tmp_path), code=130)
+    assert "Interrupted. The same command goes on" in result.stderr
+    assert "error" not in result.stderr
+    monkeypatch.undo()
+    assert "5 of 36 answers are there already" in invoke(*small(tiny, tmp_path)).stderr
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 37
+
+
 def test_the_short_version_fails_where_models_guess(tiny, tmp_path) -> None:
     """Random weights answer nothing right: kept is not ahead of random, and that is an error."""
     result = invoke(*tiny, "--short", "--prompts", 3, "--tokens", 600, "--output", tmp_path, code=1)

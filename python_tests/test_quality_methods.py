@@ -7,7 +7,7 @@ import torch
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop.results import PromptSelection
-from specprefill_kernels.quality.methods import BASELINES, baseline, forced_tokens
+from specprefill_kernels.quality.methods import BASELINES, baseline, forced_tokens, random_chunk
 
 
 def mask(length: int, *spans: tuple[int, int]) -> torch.Tensor:
@@ -97,3 +97,8 @@ def test_without_protection_the_last_chunk_is_what_is_forced() -> None:
 def test_forced_tokens_are_among_the_kept_even_where_the_selection_left_some_out() -> None:
     kept = mask(96, (0, 32), (90, 96))
     assert torch.equal(forced_tokens(selection(96, kept), SpecPrefillConfig(chunk_size=32)), mask(96, (90, 96)))
+
+
+def test_random_chunks_are_no_smaller_than_the_papers() -> None:
+    assert random_chunk(SpecPrefillConfig(chunk_size=8)) == 32
+    assert random_chunk(SpecPrefillConfig(chunk_size=64)) == 64

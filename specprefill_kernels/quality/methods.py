@@ -2,7 +2,8 @@
 
 - full: the whole prompt, by an ordinary dense prefill.
 - kept: what the loop selects under its configuration.
-- random: random chunks, on the same chunk grid.
+- random: random chunks of 32 tokens (the paper's), or of the configuration's size where that is larger: smaller ones
+  would cut every sentence to pieces, and lose to any selection for that reason alone.
 - last: the end of the prompt.
 - first_last: its beginning and its end, half each.
 
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
+
+RANDOM_CHUNK = 32
 
 BASELINES = ("random", "last", "first_last")
 METHODS = ("full", "kept", *BASELINES)
@@ -50,6 +53,11 @@ def forced_tokens(selection: Any, config: SpecPrefillConfig) -> Tensor:
     kept = torch.zeros_like(forced)
     kept[selection.kept_indices.cpu()] = True
     return forced & kept
+
+
+def random_chunk(config: SpecPrefillConfig) -> int:
+    """Tokens of a chunk of the random baseline."""
+    return max(config.chunk_size, RANDOM_CHUNK)
 
 
 def baseline(method: str, forced: Tensor, count: int, chunk_size: int, seed: str) -> Tensor:

@@ -27,7 +27,7 @@ from specprefill_kernels.loop.prompts import Prompt, encoded_prompt
 from specprefill_kernels.loop.results import PromptSelection
 from specprefill_kernels.loop.speculator import NothingToScore
 from specprefill_kernels.quality.longbench import LongBenchSample
-from specprefill_kernels.quality.methods import METHODS, baseline, forced_tokens
+from specprefill_kernels.quality.methods import METHODS, baseline, forced_tokens, random_chunk
 from specprefill_kernels.quality.metrics import score
 from specprefill_kernels.quality.records import Key, Record, RecordFile
 from specprefill_kernels.quality.tasks import Sample
@@ -110,7 +110,7 @@ class Runner:
                 method,
                 forced_tokens(selection, config),
                 selection.kept_tokens,
-                config.chunk_size,
+                random_chunk(config),
                 seed=f"{sample.task}/{sample.seed}/{ratio}",
             )
         # Baselines need no speculator, so its seconds are not theirs.
