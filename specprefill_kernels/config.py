@@ -28,8 +28,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # The best we have measured (docs/quality.md). Wide pooling carries a token's neighbourhood, so chunks need not,
-        # and small ones cut less. After the maximum it costs next to nothing, and a maximum over rows needs a state of
-        # one row. A fact that any of the look-ahead rows asks for counts in full.
+        # and small ones cut less. After the maximum it costs next to nothing. What any one of the look-ahead rows asks
+        # for counts in full.
         "default": MappingProxyType(
             {"pool_order": "after_max", "pool_kernel_size": 31, "chunk_size": 8, "reduce": "max"}
         ),
