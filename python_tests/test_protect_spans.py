@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from chat_templates import CHATML, LLAMA2, PARTS, TEMPLATES, kept_text, pieces, protect
 from chat_templates import chat_tokenizer as tokenizer_with
 from loop_models import config
@@ -61,12 +62,27 @@ def test_characters_of_a_message():
         ("", "expected a passage"),
         (7, r"expected a pair \(start, end\), a passage or Characters"),
         ((0, 10**6), "expected 0 <= start < end"),
+        ((0.0, 5.0), r"expected a pair \(start, end\)"),
     ],
 )
 def test_a_wrong_span_is_named(span, error):
     messages = [{"role": "user", "content": "hello"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]
     with pytest.raises(ValueError, match=error):
         protect(messages, PARTS, [span])
+
+
+@pytest.mark.parametrize("given", ["hello", Characters(0, 2), 7])
+def test_one_span_that_is_in_no_list_is_refused(given):
+    """A bare passage would protect each of its letters, wherever they stand."""
+    with pytest.raises(ValueError, match=r"^protect: expected a list"):
+        protect([{"role": "user", "content": "hello"}], PARTS, given)
+
+
+def test_spans_may_be_a_tensor():
+    tokenizer = tokenizer_with(CHATML)
+    prompt = read_prompt("zero one two", tokenizer)
+    found = find_protection(prompt, torch.tensor([[0, 4], [9, 12]]), tokenizer, config())
+    assert found.spans == ((0, 4), (9, 12))
 
 
 def test_characters_need_what_they_speak_of():

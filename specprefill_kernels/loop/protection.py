@@ -6,6 +6,7 @@ Protection counts in tokens: a role marker costs its own tokens, see `budgets`.
 from __future__ import annotations
 
 import logging
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def find_protection(
             masks, notes = _template_masks(chat, config.turn_end_tokens)
         except NoSpans as problem:
             notes = (f"nothing of the chat template is protected: {problem}",)
-    for index, span in enumerate(user_spans or ()):
+    for index, span in enumerate(_listed(user_spans)):
         mask = _user_mask(chat, span, f"protect[{index}]", seq_len)
         masks["user"] = masks["user"] | mask if "user" in masks else mask
     for note in notes:
@@ -184,6 +185,15 @@ def _protection(masks: Mapping[str, Tensor], notes: tuple[str, ...]) -> Protecti
     return Protection(union, spans_of_mask(union), parts, notes, where)
 
 
+def _listed(user_spans: Any) -> list[Any]:
+    """A bare passage is refused: as a sequence it would protect each of its letters, wherever they stand."""
+    if user_spans is None:
+        return []
+    if isinstance(user_spans, (str, bytes, Characters)) or not hasattr(user_spans, "__iter__"):
+        raise ValueError(f"protect: expected a list of token spans, passages or Characters, got {user_spans!r}")
+    return list(user_spans)
+
+
 def _user_mask(chat: _Chat, span: Any, name: str, seq_len: int) -> Tensor:
     if isinstance(span, (str, Characters)):
         if chat.prompt.text is None:
@@ -195,7 +205,7 @@ def _user_mask(chat: _Chat, span: Any, name: str, seq_len: int) -> Tensor:
             raise ValueError(f"{name}: expected characters that have tokens, got {span!r}")
         return mask
     try:
-        start, end = span
+        start, end = map(operator.index, span)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a pair (start, end), a passage or Characters, got {span!r}") from None
     if not 0 <= start < end <= seq_len:
