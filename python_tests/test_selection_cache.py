@@ -90,6 +90,18 @@ def test_other_protection_is_another_entry():
     assert len(cache) == 4
 
 
+def test_tokens_protected_for_another_reason_are_another_entry():
+    """Else a result would name parts of a chat template in a prompt that has none."""
+    tokenizer = byte_tokenizer()
+    sp = loop(SelectionCache(), tokenizer=tokenizer, turn_end_tokens=8)
+    chat = sp.select([{"role": "user", "content": "The quick brown fox. " * 10}])
+    assert set(chat.protected_parts) == {"markers", "turn end"}
+    ids = sp.select(chat.input_ids.tolist(), protect=list(chat.protected))
+    assert ids.protected == chat.protected
+    assert set(ids.protected_parts) == {"user"}
+    assert "(user " in ids.reason
+
+
 def test_one_token_more_or_another_one_is_another_prompt():
     cache = SelectionCache()
     sp, ids = loop(cache), prompt()

@@ -29,6 +29,7 @@ class _Key:
     ids: bytes
     text: str | None
     protected: bytes
+    told: Hashable  # what the result says about the protection: its parts and what was not found
 
 
 class SelectionCache:
@@ -98,6 +99,7 @@ class SelectionCache:
                 prompt.input_ids.cpu().numpy().tobytes(),
                 prompt.text if by_text else None,
                 b"" if mask is None else mask.cpu().numpy().tobytes(),
+                (tuple(protection.where.items()), protection.notes),
             )
             found = self._find(key, prompt, protection, device)
         if found is not None:
