@@ -106,8 +106,9 @@ class TestMeasure:
         }  # fmt: skip
         costs.check(identity_of(base, small, config()))
 
-    def test_one_model_that_continues(self):
-        costs = CostModel.measure(build("gemma3"), None, config(), self_layers=(0, 1), seconds=0.5, longest=256)
+    @pytest.mark.parametrize("layers", [(0, 1), 2])
+    def test_one_model_that_continues(self, layers):
+        costs = CostModel.measure(build("gemma3"), None, config(), self_layers=layers, seconds=0.5, longest=256)
         assert costs.speculator is None
         assert costs.look_ahead_steps == 0
         whole = costs.lower.seconds(200) + costs.upper.seconds(200)

@@ -176,7 +176,7 @@ class CostModel:
         speculator: Any = None,
         config: SpecPrefillConfig | None = None,
         *,
-        self_layers: tuple[int, int] | None = None,
+        self_layers: int | tuple[int, int] | None = None,
         tokenizer: Any = None,
         speculator_tokenizer: Any = None,
         seconds: float = 10.0,

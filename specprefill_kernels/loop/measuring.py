@@ -19,7 +19,13 @@ from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 from specprefill_kernels.loop.prefill import BaseRun
 from specprefill_kernels.loop.scoring import Captured, prompt_rows, score_captured
 from specprefill_kernels.loop.speculator import Speculator
-from specprefill_kernels.loop.support import base_problem, context_length, num_layers, speculator_problem
+from specprefill_kernels.loop.support import (
+    base_problem,
+    context_length,
+    layer_range_of,
+    num_layers,
+    speculator_problem,
+)
 from specprefill_kernels.models.progress import LogProgress, Progress
 from specprefill_kernels.ops.select import select_chunks
 
@@ -95,7 +101,7 @@ def measure(
     speculator: Any,
     config: SpecPrefillConfig,
     *,
-    self_layers: tuple[int, int] | None,
+    self_layers: int | tuple[int, int] | None,
     tokenizer: Any,
     speculator_tokenizer: Any,
     seconds: float,
@@ -117,9 +123,11 @@ def measure(
         if problem is not None:
             raise ValueError(f"{name}: expected a model that can play this part, got {problem}")
     base_limit = min(longest, context_length(base) or longest)
+    layer_range = None
     if self_layers is not None:
+        layer_range = layer_range_of(self_layers, num_layers(base))
         config = config.replace(queries="observation_window")
-        parts = [Part(_continuing(base, config, self_layers), base_limit)]
+        parts = [Part(_continuing(base, config, layer_range), base_limit)]
     else:
         limit = min(longest, context_length(speculator) or longest)
         parts = [Part(_base(base), base_limit), Part(_speculator(speculator, config), limit)]
@@ -133,7 +141,7 @@ def measure(
         look_ahead_steps=steps,
         speculator_ratio=_ratio(tokenizer, speculator_tokenizer),
         measured_tokens=max(n for n, _ in samples["base"]),
-        identity=identity_of(base, speculator, config, self_layers),
+        identity=identity_of(base, speculator, config, layer_range),
     )
 
 

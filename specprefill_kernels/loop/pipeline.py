@@ -1,7 +1,7 @@
 """SpecPrefill: the whole path, from a prompt to an answer whose first token comes early."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from specprefill_kernels.config import SpecPrefillConfig
@@ -17,8 +17,8 @@ from specprefill_kernels.loop.selection_cache import SelectionCache, identity
 from specprefill_kernels.loop.speculator import Speculator
 from specprefill_kernels.loop.support import (
     base_problem,
-    check_continuing_layers,
     continuing_problem,
+    layer_range_of,
     num_layers,
     speculator_problem,
 )
@@ -93,7 +93,7 @@ class SpecPrefill:
                 bridge = TokenBridge(tokenizer, speculator_tokenizer)
         layer_range = None
         if self_layers is not None:
-            layer_range = _layer_range(self_layers, num_layers(base))
+            layer_range = layer_range_of(self_layers, num_layers(base))
             # The lower layers alone decode nothing.
             config = config.replace(queries="observation_window")
         scorer = base if speculator is None else speculator
@@ -223,14 +223,6 @@ def _problem(base: Any, scorer: Any, continues: bool) -> str | None:
         return f"unsupported base ({type(base).__name__}): {problem}"
     problem = speculator_problem(scorer)
     return None if problem is None else f"unsupported speculator ({type(scorer).__name__}): {problem}"
-
-
-def _layer_range(self_layers: int | tuple[int, int], count: int) -> tuple[int, int]:
-    span: Any = (0, self_layers - 1) if type(self_layers) is int else self_layers
-    whole = isinstance(span, Sequence) and len(span) == 2 and all(type(layer) is int for layer in span)
-    if not whole:
-        raise ValueError(f"self_layers: expected an int or a pair (first, last), got {self_layers!r}")
-    return check_continuing_layers((span[0], span[1]), count)
 
 
 def _protect_each(protect: Any, count: int) -> list[Any]:

@@ -1,6 +1,7 @@
 """Whether a model can play a part in speculative prefill, and if not, why: the reason goes into every result."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -111,3 +112,16 @@ def check_continuing_layers(layer_range: tuple[int, int], count: int) -> tuple[i
             f"got {last} (the model has {count} layers)"
         )
     return first, last
+
+
+def layer_range_of(self_layers: int | tuple[int, int], count: int) -> tuple[int, int]:
+    """(first, last) of `self_layers`, a pair or an int n for (0, n - 1), in a model of `count` layers.
+
+    Raises:
+        ValueError: it is something else, or `check_continuing_layers` refuses it.
+    """
+    span: Any = (0, self_layers - 1) if type(self_layers) is int else self_layers
+    whole = isinstance(span, Sequence) and len(span) == 2 and all(type(layer) is int for layer in span)
+    if not whole:
+        raise ValueError(f"self_layers: expected an int or a pair (first, last), got {self_layers!r}")
+    return check_continuing_layers((span[0], span[1]), count)
