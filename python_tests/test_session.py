@@ -363,10 +363,10 @@ def test_self_layers_score_with_a_cache_of_their_own(family):
 
 def test_wrong_arguments_are_named():
     sp = pipeline()
-    for wrong in (-0.1, 1.5, True):
+    for wrong in (-0.1, 1.5, True, "1", float("nan")):
         with pytest.raises(ValueError, match=r"^bring_back: "):
             Session(sp, bring_back=wrong)
-    for wrong in (0.5, True):
+    for wrong in (0.5, True, "2", float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"^growth: "):
             Session(sp, growth=wrong)
     with pytest.raises(ValueError, match=r"^prompt: expected one conversation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,9 @@ class Session:
         bring_back: float = 1.0,
         growth: float | None = 2.0,
     ) -> None:
-        if isinstance(bring_back, bool) or not 0 <= bring_back <= 1:
+        if not _is_number(bring_back) or not 0 <= bring_back <= 1:
             raise ValueError(f"bring_back: expected a fraction in [0, 1], got {bring_back!r}")
-        if growth is not None and (isinstance(growth, bool) or growth < 1):
+        if growth is not None and (not _is_number(growth) or not 1 <= growth < math.inf):
             raise ValueError(f"growth: expected None or a number of at least 1, got {growth!r}")
         self.loop = loop
         self._bring_back = bring_back
@@ -194,6 +195,10 @@ class Session:
         return _Turn(self, prompt, protect, max_new_tokens, do_sample, options, message)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class _Turn(Generation):
     """One prompt on its way to an answer, from its session's caches."""
 
@@ -208,11 +213,10 @@ class _Turn(Generation):
         message: Message | None,
     ) -> None:
         super().__init__(session.loop, prompt, protect, max_new_tokens, do_sample, options)
-        self._continues = False  # the lower layers' forward over the whole prompt is what a session spares
         self._session = session
         self._message = message
         self._reused = 0
-        self._continues = False  # the lower layers keep a cache of their own
+        self._continues = False  # the lower layers keep a cache of their own: their forward is what a session spares
 
     def tokens(self) -> Iterator[int]:
         for token in super().tokens():
