@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from loop_models import FAMILIES, PROMPT, SLIDING, build, prompt, windows
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from specprefill_kernels import SpecPrefillConfig
+from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.speculator import NothingToScore, Speculator
 
 
@@ -141,6 +143,18 @@ def test_eos_ends_the_look_ahead(queries):
     assert speculation.look_ahead_tokens == tuple(tokens[:step])
     expected = importance_by_hand(eager, ids, config, None, tokens[:step])
     torch.testing.assert_close(speculation.importance.double(), expected, atol=1e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_the_look_ahead_ends_with_the_models_context(remembers):
+    """A model with learned positions has none behind it."""
+    shape = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**shape, n_positions=PROMPT + 3, eos_token_id=None)).eval()
+    speculator = Speculator(model, SpecPrefillConfig())
+    for length, rows in ((PROMPT - 4, 8), (PROMPT, 4), (PROMPT + 3, 1)):
+        memory = SpeculatorMemory() if remembers else None
+        speculation = speculator.score(prompt(length), memory=memory)
+        assert (speculation.num_look_ahead, len(speculation.look_ahead_tokens)) == (rows, rows - 1)
 
 
 def test_eos_as_the_first_token_keeps_one_row():

@@ -30,7 +30,8 @@ class Captured:
         seq_len: T, the prompt's tokens.
         num_layers: the model's, from which negative layer indices count.
         prompt_rows: prompt rows that were asked for; a shorter prompt has fewer.
-        look_ahead: look-ahead rows that were asked for, the last prompt row included; EOS may have come earlier.
+        look_ahead: look-ahead rows that were asked for, the last prompt row included; EOS or the end of the
+            model's context may have come earlier.
         tokens: the decoded tokens, one per decoded row.
         reused_tokens: prompt tokens whose keys a `SpeculatorMemory` had already. The key tensors are then views of the
             memory's buffers: score them before the memory is used again.

@@ -141,7 +141,7 @@ class Speculator:
             with capture.running(rows, behind=start > 0):
                 logits = self._forward(input_ids[:, start:], cache)
         with clock.stage("look_ahead"):
-            return self._look_ahead(logits, cache, capture, input_ids.device)
+            return self._look_ahead(logits, cache, capture, input_ids)
 
     def _new_cache(self) -> Cache:
         # The attention of the last layer never runs where nothing is decoded.
@@ -152,9 +152,12 @@ class Speculator:
         """The decoder without its head. Without a cache, keys reach the capture as arguments and nothing else stays."""
         self.model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None)
 
-    def _look_ahead(self, logits: Tensor, cache: Cache | None, capture: Capture, device: torch.device) -> list[int]:
-        """Decode greedily. EOS at step s ends it with s + 1 rows; EOS itself is never fed."""
+    def _look_ahead(self, logits: Tensor, cache: Cache | None, capture: Capture, input_ids: Tensor) -> list[int]:
+        """Decode greedily. EOS at step s ends it with s + 1 rows; EOS itself is never fed. So does the context's end: a
+        model with learned positions has none behind it."""
         steps = self.config.look_ahead - 1
+        if self._context is not None:
+            steps = min(steps, self._context - input_ids.shape[1])
         tokens: list[int] = []
         for step in range(1, steps + 1):
             token = int(logits[0, -1].argmax())
@@ -163,7 +166,7 @@ class Speculator:
             tokens.append(token)
             # The last row's output is not needed, only its queries.
             with capture.running(1, stop_at=self._last_layer if step == steps else None):
-                logits = self._forward(torch.tensor([[token]], device=device), cache)
+                logits = self._forward(torch.tensor([[token]], device=input_ids.device), cache)
         return tokens
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
