@@ -156,8 +156,8 @@ class TestPrediction:
             CostModel(BASE, **parts)
 
 
-def result(mode="sparse", prompt=1000, kept=200, **seconds):
-    selection = SimpleNamespace(cached=False, reused_tokens=0)
+def result(mode="sparse", prompt=1000, kept=200, prediction=None, **seconds):
+    selection = SimpleNamespace(cached=False, reused_tokens=0, prediction=prediction)
     return SimpleNamespace(
         mode=mode, prompt_tokens=prompt, kept_tokens=kept, prefilled_tokens=kept, selection=selection, seconds=seconds
     )
@@ -191,6 +191,13 @@ class TestObserve:
         seen = ONE_MODEL.observe(result(**{name: 1.5 * value for name, value in stages.items()}), weight=1)
         assert seen.lower.seconds(1000) == pytest.approx(1.5 * stages["speculator_prefill"])
         assert seen.upper.seconds(200) == pytest.approx(1.5 * stages["base_prefill"])
+
+    def test_a_base_that_starts_again_says_nothing_of_its_upper_layers(self):
+        prediction = ONE_MODEL.predict(1000, 200, continues=False)
+        seconds = {name: 1.5 * value for name, value in prediction.stages.items()}
+        seen = ONE_MODEL.observe(result(prediction=prediction, **seconds), weight=1)
+        assert seen.upper == ONE_MODEL.upper
+        assert seen.base.seconds(200) == pytest.approx(1.5 * ONE_MODEL.base.seconds(200))
 
     @pytest.mark.parametrize("other", [{"cached": True}, {"reused_tokens": 5}])
     def test_work_that_was_not_done_says_nothing(self, other):

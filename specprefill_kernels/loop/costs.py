@@ -97,6 +97,7 @@ class Prediction:
         stages: stage -> seconds of the sparse way, with the names of `GenerationResult.seconds`.
         prompt_tokens, kept_tokens, speculator_tokens: T, K, S.
         measured_tokens: the longest prompt that was timed; None if unknown.
+        continues: as in `CostModel.predict`.
     """
 
     full: float
@@ -106,6 +107,7 @@ class Prediction:
     kept_tokens: int
     speculator_tokens: int
     measured_tokens: int | None = None
+    continues: bool = True
 
     @property
     def pays(self) -> bool:
@@ -210,13 +212,17 @@ class CostModel:
             progress=progress,
         )
 
-    def predict(self, prompt_tokens: int, kept_tokens: int, speculator_tokens: int | None = None) -> Prediction:
+    def predict(
+        self, prompt_tokens: int, kept_tokens: int, speculator_tokens: int | None = None, *, continues: bool = True
+    ) -> Prediction:
         """Seconds of both ways.
 
         Args:
             prompt_tokens: T >= 1.
             kept_tokens: 1 <= K <= T.
             speculator_tokens: S; default: T times the measured ratio.
+            continues: without a speculator, whether the base goes on above the lower layers. False: it reads the kept
+                tokens from its first layer on, as in a `Session`.
         """
         if prompt_tokens < 1:
             raise ValueError(f"prompt_tokens: expected at least 1, got {prompt_tokens}")
@@ -236,7 +242,7 @@ class CostModel:
             assert self.lower is not None  # __post_init__ took care
             assert self.upper is not None
             stages["speculator_prefill"] = self.lower.seconds(prompt_tokens)
-            reading = self.upper
+            reading = self.upper if continues else self.base
         stages["score"] = self.score.seconds(speculator_tokens)
         stages["select"] = self.select.seconds(speculator_tokens)
         stages["base_prefill"] = reading.seconds(kept_tokens)
@@ -248,6 +254,7 @@ class CostModel:
             kept_tokens=kept_tokens,
             speculator_tokens=speculator_tokens,
             measured_tokens=self.measured_tokens,
+            continues=continues,
         )
 
     def observe(self, result: GenerationResult, weight: float = 0.2) -> CostModel:
@@ -279,7 +286,9 @@ class CostModel:
             move("base", result.kept_tokens, "base_prefill")
         else:
             move("lower", result.prompt_tokens, "speculator_prefill")
-            move("upper", result.kept_tokens, "base_prefill")
+            prediction = result.selection.prediction
+            reading = "upper" if prediction is None or prediction.continues else "base"
+            move(reading, result.kept_tokens, "base_prefill")
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def check(self, identity: Mapping[str, str], source: str = "costs") -> None:

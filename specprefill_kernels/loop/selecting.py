@@ -81,7 +81,7 @@ class Selector:
                 crossing = self._cross(prompt, clock)
                 # With a cache to go on from, the seconds of whole prompts say nothing.
                 if self._costs is not None and not memory:
-                    prediction, reason = self._predict(prompt, protection, crossing)
+                    prediction, reason = self._predict(prompt, protection, crossing, continues=memory is None)
                 if reason is None:
                     speculation = self._speculate(prompt, crossing, clock, memory, per_layer)
                     selection = self.choose(prompt, protection, speculation, clock, prediction=prediction)
@@ -217,7 +217,7 @@ class Selector:
             return self._bridge.cross(prompt)
 
     def _predict(
-        self, prompt: Prompt, protection: Protection, crossing: Crossing | None
+        self, prompt: Prompt, protection: Protection, crossing: Crossing | None, *, continues: bool = True
     ) -> tuple[Prediction, str | None]:
         """Seconds of both ways before anything ran, and why dense is the faster one, if it is."""
         assert self._costs is not None
@@ -226,7 +226,8 @@ class Selector:
         budget = budget_tokens(config, seq_len)
         # How much keep_mass keeps is known after scoring; even its least must pay.
         fewest = max(config.chunk_size if budget is None else budget, protected)
-        prediction = self._costs.predict(seq_len, min(fewest, seq_len), _speculator_tokens(seq_len, crossing))
+        speculator_tokens = _speculator_tokens(seq_len, crossing)
+        prediction = self._costs.predict(seq_len, min(fewest, seq_len), speculator_tokens, continues=continues)
         return prediction, None if prediction.pays else f"sparse prefill would not pay: {prediction.text}"
 
     def _predicted_again(self, selection: PromptSelection, crossing: Crossing | None) -> PromptSelection:
@@ -235,11 +236,12 @@ class Selector:
         The speculator's seconds are spent by now, and the kept tokens are fewer than all: going on is right even where
         a full prefill from the start would have been faster. Then the reason says so.
         """
-        if self._config.keep_mass is None:
+        if self._config.keep_mass is None or selection.prediction is None:
             return selection
         assert self._costs is not None
-        seq_len = selection.prompt_tokens
-        prediction = self._costs.predict(seq_len, selection.kept_tokens, _speculator_tokens(seq_len, crossing))
+        seq_len, continues = selection.prompt_tokens, selection.prediction.continues
+        speculator_tokens = _speculator_tokens(seq_len, crossing)
+        prediction = self._costs.predict(seq_len, selection.kept_tokens, speculator_tokens, continues=continues)
         reason = selection.reason
         if not prediction.pays:
             reason += f"; known after scoring: sparse prefill did not pay, {prediction.text}"
