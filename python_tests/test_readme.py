@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_nothing_escapes_these_tests() -> None:
     assert set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE)) == {"sh", "python", "bibtex"}
-    assert [len(blocks(language)) for language in ("sh", "python", "bibtex")] == [4, 2, 1]
+    assert [len(blocks(language)) for language in ("sh", "python", "bibtex")] == [4, 3, 1]
 
 
 def test_the_ops_block(capsys: pytest.CaptureFixture) -> None:
@@ -51,7 +51,7 @@ def test_the_loop_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(models, "load", lambda name: tiny[name]())
     monkeypatch.chdir(tmp_path)
     Path("report.txt").write_text("The report was signed by the treasurer. " * 20)
-    (block,) = (block for block in blocks("python") if "SpecPrefill(" in block)
+    (block,) = (block for block in blocks("python") if "models.load(" in block)
     values: dict = {}
     exec(block, values)
     assert values["result"].mode == "sparse"
@@ -60,10 +60,16 @@ def test_the_loop_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "self_layers=(0, 11)" in README  # the sentence below the block, with fewer layers
     assert loop_class(base, self_layers=(0, 1), tokenizer=tokenizer)
 
+    (block,) = (block for block in blocks("python") if "Session(" in block)
+    exec(block, values)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first
+    assert 0 < int(second.split()[0])
+
 
 def test_the_first_commands_are_run_pys() -> None:
     for line in blocks("sh")[0].strip().splitlines():
-        python, script, job = shlex.split(line)
+        python, script, job = shlex.split(line)[:3]
         assert python == "python3"
         assert f"python3 {script} {job} " in (ROOT / script).read_text(encoding="utf-8")
 

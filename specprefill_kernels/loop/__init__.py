@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
         "specprefill_kernels.loop needs Transformers: pip install 'specprefill-kernels[loop]'", name="transformers"
     ) from None
 
+from specprefill_kernels.loop.costs import CostModel
 from specprefill_kernels.loop.generation import TokenStream
 from specprefill_kernels.loop.pipeline import SpecPrefill
 from specprefill_kernels.loop.protection import Characters
@@ -18,6 +19,7 @@ from specprefill_kernels.loop.session import Session
 
 __all__ = [
     "Characters",
+    "CostModel",
     "GenerationResult",
     "PromptSelection",
     "SelectionCache",
