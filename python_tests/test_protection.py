@@ -315,9 +315,23 @@ def test_protection_can_be_turned_off(options):
 
 def test_text_and_ids_have_no_template():
     tokenizer = tokenizer_with(CHATML)
-    for form in ("<|im_start|>user\nhi<|im_end|>", tokenizer("hi there")["input_ids"]):
+    for form in ("<|im_start|>user\nhi<|im_end|>", "<eos>hi<bos>", tokenizer("hi there")["input_ids"]):
         protection = find_protection(read_prompt(form, tokenizer), None, tokenizer, config())
-        assert (protection.mask, protection.spans, protection.parts, protection.notes) == (None, (), {}, ())
+        assert (protection.mask, protection.spans, protection.parts) == (None, (), {})
+        assert bool(protection.notes) == ("<|im_start|>" in form)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_chat_that_is_no_list_of_messages_is_noted(as_text):
+    tokenizer = tokenizer_with(CHATML)
+    chat = read_prompt([{"role": "user", "content": "hello"}], tokenizer)
+    given = read_prompt(chat.text if as_text else chat.input_ids, tokenizer)
+    note = (
+        f"nothing of the chat template is protected: a chat that came as {'text' if as_text else 'ids'}; give messages"
+    )
+    assert find_protection(given, None, tokenizer, config()).notes == (note,)
+    assert find_protection(given, None, tokenizer, config(protect="none")).notes == ()
+    assert find_protection(given, None, None, config()).notes == ()
 
 
 def test_the_whole_loop_keeps_and_reports_it():

@@ -83,6 +83,8 @@ def find_protection(
             masks, notes = _template_masks(chat, config.turn_end_tokens)
         except NoSpans as problem:
             notes = (f"nothing of the chat template is protected: {problem}",)
+    elif config.protect == "template":
+        notes = _unread_template(prompt, tokenizer)
     for index, span in enumerate(_listed(user_spans)):
         mask = _user_mask(chat, span, f"protect[{index}]", seq_len)
         masks["user"] = masks["user"] | mask if "user" in masks else mask
@@ -148,6 +150,20 @@ def _within(ranges: Sequence[Span], limit: Span | None) -> list[Span]:
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that were added to the vocabulary: what role markers are made of."""
     return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+def _unread_template(prompt: Prompt, tokenizer: Any) -> tuple[str, ...]:
+    """A note where a prompt that is no list of messages has a chat template's markers in it all the same."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return ()
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}  # plain text has those too
+    found = special_ids(tokenizer).intersection(prompt.input_ids[0].unique().tolist()) - ends
+    markers = [marker.strip() for marker in tokenizer.convert_ids_to_tokens(sorted(found))]
+    if not any(marker and marker in template for marker in markers):
+        return ()
+    came = "ids" if prompt.text is None else "text"
+    return (f"nothing of the chat template is protected: a chat that came as {came}; give messages",)
 
 
 # Where a long turn may be cut, best first: between paragraphs, lines, sentences.
