@@ -9,9 +9,10 @@ import torch
 from loop_models import build, byte_tokenizer
 
 from specprefill_kernels import SpecPrefillConfig
-from specprefill_kernels.loop import GenerationResult, SpecPrefill
+from specprefill_kernels.loop import GenerationResult, Session, SpecPrefill
 from specprefill_kernels.loop.decoding import PieceDecoder
 from specprefill_kernels.loop.prompts import TokenBridge, read_prompt, same_tokens
+from specprefill_kernels.loop.protection import find_protection
 from specprefill_kernels.loop.speculator import Speculator
 
 MERGES = (("t", "h"), ("th", "e"), ("\u0120", "the"), ("o", "w"), ("q", "u"), ("\u0120", "qu"))
@@ -110,6 +111,30 @@ def test_without_a_tokenizer_the_stream_yields_ids():
     stream = sp.stream(ids, 5)
     assert tuple(stream) == stream.result.tokens == sp.generate(ids, 5).tokens
     assert stream.result.text == ""
+
+
+@pytest.mark.parametrize("given", [TEXT, [5, 6, 7], torch.tensor([5, 6, 7])])
+def test_template_options_without_messages_are_refused(given):
+    """No template renders such a prompt: tools would be missing without a word."""
+    sp = pipeline()
+    with pytest.raises(ValueError, match=r"^template_options: .* got tools$"):
+        sp.select(given, template_options={"tools": [{"name": "f"}]})
+    with pytest.raises(ValueError, match=r"^template_options: .* got tools$"):
+        Session(sp, tools=[{"name": "f"}]).generate(given, 1)
+    assert sp.select(given, template_options={}).prompt_tokens
+
+
+def test_the_last_message_may_go_on():
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Sure, the"}]
+    tokenizer = byte_tokenizer()
+    prompt = read_prompt(messages, tokenizer, {"continue_final_message": True})
+    assert prompt.text.endswith("<|im_start|>assistant\nSure, the")
+    assert find_protection(prompt, None, tokenizer, config(turn_end_tokens=8)).notes == ()
+
+
+def test_negative_ids_are_refused():
+    with pytest.raises(ValueError, match=r"^prompt: expected token ids of at least 0, got -1"):
+        pipeline().generate([5, -1, 6], 1)
 
 
 def test_a_list_is_not_streamed():

@@ -136,7 +136,7 @@ class SpecPrefill:
             protect: what must survive, beside a chat template's parts (`config.protect`): (start, end) token spans, end
                 exclusive; passages of the prompt's text, in all their occurrences; or `Characters` of its text or of a
                 message. For a list of prompts, one such list (or None) per prompt.
-            template_options: for chat messages, what the chat template takes: {"tools": [...]}.
+            template_options: for chat messages alone, what the chat template takes: {"tools": [...]}.
             per_layer: also give each scored layer's own importance, `layer_importance`; a `SelectionCache` has none and
                 is not asked.
 

@@ -57,12 +57,19 @@ def is_batch(prompt: Any) -> bool:
 def read_prompt(prompt: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> Prompt:
     """Ids of one prompt: text, chat messages, ids as a list, or a tensor [T] or [1, T].
 
-    `template_options` go to the chat template: `tools`, `enable_thinking`, ...
+    `template_options` go to the chat template: `tools`, `enable_thinking`, ... The answer is opened
+    (`add_generation_prompt`) unless they say otherwise, or let the last message go on (`continue_final_message`).
 
     Raises:
-        ValueError: an empty prompt, a batch of rows, or text without a tokenizer.
+        ValueError: an empty prompt, a batch of rows, text without a tokenizer, or template options without messages.
         TypeError: anything else than a prompt.
     """
+    is_chat = isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt)
+    if template_options and not is_chat:
+        raise ValueError(
+            f"template_options: expected none for a prompt that is no chat, which no chat template renders, got "
+            f"{', '.join(template_options)}"
+        )
     if isinstance(prompt, Tensor):
         if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != 1):
             raise ValueError(f"prompt: expected ids [T] or [1, T] (a list for several), got {list(prompt.shape)}")
@@ -71,8 +78,9 @@ def read_prompt(prompt: Any, tokenizer: Any, template_options: Mapping[str, Any]
         return _checked(Prompt(prompt.reshape(1, -1).to("cpu", torch.int64)))
     if isinstance(prompt, str):
         return _from_text(prompt, _need(tokenizer), special=True)
-    if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
-        options = {"add_generation_prompt": True, **(template_options or {})}
+    if is_chat:
+        given = template_options or {}
+        options = {"add_generation_prompt": not given.get("continue_final_message"), **given}
         text = render(_need(tokenizer), prompt, options)
         # The template has written the special tokens out already.
         return _from_text(text, tokenizer, special=False, messages=tuple(prompt), template_options=options)
@@ -112,6 +120,8 @@ def _broken(text: str) -> bool:
 def _checked(prompt: Prompt) -> Prompt:
     if prompt.input_ids.numel() == 0:
         raise ValueError("prompt: expected at least one token, got none")
+    if int(prompt.input_ids.min()) < 0:
+        raise ValueError(f"prompt: expected token ids of at least 0, got {int(prompt.input_ids.min())}")
     return prompt
 
 

@@ -62,7 +62,7 @@ class Session:
     Args:
         loop: both models, config and tokenizer.
         system: system prompt of `ask`.
-        tools: tool definitions for the chat template, in every call.
+        tools: tool definitions for the chat template, in every call; prompts have to be messages then.
         bring_back: fraction of what a run from scratch would keep of the earlier turns, best chunks first, that must be
             kept even where that means to compute again what comes after it. 0: only what is protected.
         growth: kept tokens are at most this many times those of a run from scratch; where they would be more, more is
