@@ -12,6 +12,7 @@ from loop_models import PROMPT, build, byte_tokenizer, config, prompt
 
 from specprefill_kernels.loop import SpecPrefill
 from specprefill_kernels.loop import selection_cache as module
+from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 from specprefill_kernels.loop.selection_cache import SelectionCache
 
 BASE, SPECULATOR = build("llama", seed=7), build("llama", seed=3)
@@ -248,6 +249,16 @@ def test_a_longer_prompt_uses_its_start_and_keeps_the_rest():
     assert tallies(cache) == (0, 1, 3)
     result = sp.generate(more(ids, 5), 4)
     assert (result.selection.cached, result.kept_tokens) == (True, first.kept_tokens + 5)
+
+
+def test_a_prediction_for_the_start_is_none_for_what_is_longer():
+    costs = CostModel(
+        PrefillCost(per_token=1.0), PrefillCost(per_token=0.1), identity=identity_of(BASE, SPECULATOR, config())
+    )
+    sp = SpecPrefill(BASE, SPECULATOR, config(), costs=costs, selection_cache=SelectionCache(suffix_tokens=10))
+    assert sp.select(prompt()).prediction.prompt_tokens == PROMPT
+    longer = sp.select(more(prompt(), 10))
+    assert (longer.cached, longer.prediction) == (True, None)
 
 
 def test_the_longest_known_start_is_used_and_what_it_gave_is_not_stored():

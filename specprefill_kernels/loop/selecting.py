@@ -169,7 +169,7 @@ class Selector:
         if overflow:
             reason += _overflow(must_keep, config, seq_len)
         used = {speculation.backend, resolve("select_chunks", config.backend, importance.device.type)}
-        layers = getattr(speculation, "layer_importance", None)
+        layers = speculation.layer_importance
         return PromptSelection(
             input_ids=prompt.input_ids[0],
             importance=importance.to(self._device),
@@ -187,7 +187,7 @@ class Selector:
             protected_parts=protection.where,
             layer_importance=None if layers is None else layers.to(self._device),
             prediction=prediction,
-            reused_tokens=getattr(speculation, "reused_tokens", 0),
+            reused_tokens=speculation.reused_tokens,
         )
 
     def _dense(
@@ -260,19 +260,13 @@ class Selector:
         model: Any = self._speculator.model
         ids = prompt.input_ids if crossing is None else crossing.input_ids
         self._check_vocabulary(ids, model, own=crossing is not None)
-        options: dict[str, Any] = {}
-        if memory is not None:
-            options["memory"] = memory
-        if per_layer:
-            options["per_layer"] = True
-        speculation = self._speculator.score(ids.to(model.device), clock, **options)
+        speculation = self._speculator.score(ids.to(model.device), clock, memory=memory, per_layer=per_layer)
         if crossing is None:
             return speculation
         with clock.stage("select"):
             changes: dict[str, Any] = {"importance": crossing.back(speculation.importance)}
-            layers = getattr(speculation, "layer_importance", None)
-            if layers is not None:
-                changes["layer_importance"] = torch.stack([crossing.back(layer) for layer in layers])
+            if speculation.layer_importance is not None:
+                changes["layer_importance"] = torch.stack([crossing.back(one) for one in speculation.layer_importance])
             return replace(speculation, **changes)
 
     @staticmethod

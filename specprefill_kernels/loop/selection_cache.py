@@ -197,6 +197,7 @@ def _continued(
     return replace(
         stored,
         importance=None,
+        prediction=None,
         kept_indices=kept.to(device),
         spans=spans_of_mask(mask),
         mode="dense" if count == seq_len else "sparse",
