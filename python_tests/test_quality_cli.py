@@ -135,7 +135,7 @@ def test_the_short_version_fails_where_models_guess(tiny, tmp_path) -> None:
     """Random weights answer nothing right: kept is not ahead of random, and that is an error."""
     result = invoke(*tiny, "--short", "--prompts", 3, "--tokens", 600, "--output", tmp_path, code=1)
     assert "not far ahead of random chunks: +0.00" in " ".join(result.stderr.split())
-    assert "niah_multikey" in (tmp_path / "summary.md").read_text()
+    assert "## niah_single (3 prompts)" in (tmp_path / "summary.md").read_text()
     assert "first + last" not in result.stdout
 
 
