@@ -259,11 +259,11 @@ def test_a_runner_refuses_what_it_cannot_do(loop, models) -> None:
 def test_the_setting_names_models_configuration_and_files(loop, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("text")
     setting = describe(
-        Runner(loop, RATIOS), base="b", speculator="s", tasks=["door"], prompts=3, tokens=50, answer_tokens=9,
+        Runner(loop, RATIOS), base="b", speculator="s", tasks=["door"], seeds=(4, 7), tokens=50, answer_tokens=9,
         files=[tmp_path / "a.txt"], versions={"torch": "1"}, machine="m",
     )  # fmt: skip
     assert setting["config"]["chunk_size"] == 16
     assert "keep_ratio" not in setting["config"]
     assert setting["base"]["parameters"] == sum(p.numel() for p in loop.base.parameters())
     assert setting["files"] == {"a.txt": "982d9e3eb996f559"}
-    assert json.loads(json.dumps(setting)) is not None
+    assert json.loads(json.dumps(setting))["seeds"] == [4, 7]
