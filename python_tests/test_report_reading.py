@@ -80,12 +80,24 @@ def test_a_dense_selection_has_a_reading_without_layers(loop) -> None:
     assert "Nothing is skipped" in page.render(reading)
 
 
+@pytest.mark.parametrize("options", [{"add_generation_prompt": False}, {"continue_final_message": True}], ids=str)
+def test_template_options_mean_what_they_mean_to_the_loop(loop, options) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "It lies under"}]
+    selection = loop.select(messages, template_options=options)
+    reading = read(
+        selection, messages, loop.tokenizer, loop.config, title="", base="", speculator="", template_options=options
+    )
+    text = "".join(piece.text for piece in reading.pieces)
+    assert text == loop.tokenizer.decode(selection.input_ids)
+    assert text.endswith("It lies under") == ("continue_final_message" in options)
+
+
 def test_another_prompts_selection_is_refused(loop) -> None:
     selection = loop.select(MESSAGES)
     names = {"title": "", "base": "", "speculator": ""}
     with pytest.raises(ValueError, match=rf"prompt: expected the {selection.prompt_tokens} tokens of the selection"):
         read(selection, "other", loop.tokenizer, loop.config, **names)
-    with pytest.raises(ValueError, match="tokenizer: expected a fast one, which has offsets, got NoneType"):
+    with pytest.raises(ValueError, match="tokenizer: expected one for a prompt of text or messages, got None"):
         read(selection, MESSAGES, None, loop.config, **names)
 
 

@@ -10,6 +10,7 @@ import torch
 from specprefill_kernels._version import __version__
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop import PromptSelection
+from specprefill_kernels.loop.prompts import encoded_prompt, read_prompt
 from specprefill_kernels.report.data import LayerImportance, Protected, Reading, Span, make_pieces
 
 # What a reader calls the parts that `loop.protection` finds.
@@ -41,7 +42,7 @@ def read(
     Args:
         selection: of `SpecPrefill.select`; with `per_layer=True` the page has layers to choose from.
         prompt: the text or chat messages that were selected from.
-        tokenizer: the base's, a fast one.
+        tokenizer: the base's.
         config: what the selection was made with.
         title: what the prompt is, in words.
         base, speculator: the models' names.
@@ -106,21 +107,13 @@ def as_prompt(text: str, tokenizer: Any) -> Any:
 def prompt_offsets(
     prompt: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None
 ) -> tuple[str, list[Span]]:
-    """The text the model reads, template included, and each token's characters in it: tokenized as the loop does.
+    """The text the model reads, template included, and each token's characters in it: as the loop takes them.
 
     Raises:
-        ValueError: the tokenizer has no offsets.
+        ValueError: the tokenizer has no offsets, and its tokens do not decode to the text.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer: expected a fast one, which has offsets, got {type(tokenizer).__name__}")
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        text = tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True, **dict(template_options or {})
-        )
-    encoded = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_offsets_mapping=True)
-    return text, encoded["offset_mapping"]
+    text, spans = encoded_prompt(read_prompt(prompt, tokenizer, template_options), tokenizer)
+    return text, [(start, end) for start, end in spans.tolist()]
 
 
 def tokens_of(text: str, passage: str | None, offsets: Sequence[Span]) -> Span | None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Step = Callable[[Tensor], Tensor]
 
+# Cache slots reserved for the answer. A longer one makes the cache grow; a generous limit must not cost gigabytes.
+_ROOM = 1024
+
 
 class Generation:
     """One prompt on its way to an answer."""
@@ -92,7 +95,7 @@ class Generation:
             owner.base,
             owner.continuing_layers,
             rows=config.look_ahead,
-            room=self._max_new_tokens,
+            room=min(self._max_new_tokens, _ROOM),
             prefill_chunk=config.prefill_chunk,
         )
         captured = partial(
@@ -119,7 +122,7 @@ class Generation:
     def _prefill_kept(self, input_ids: Tensor, selection: PromptSelection) -> tuple[Tensor, Step]:
         """The base reads what was kept: logits [1, V] of the last prompt token, and what feeds a decoded one."""
         sparse, kept = selection.mode == "sparse", selection.kept_indices
-        run = BaseRun(self._owner.base, input_ids.shape[1], sparse=sparse, room=self._max_new_tokens)
+        run = BaseRun(self._owner.base, input_ids.shape[1], sparse=sparse, room=min(self._max_new_tokens, _ROOM))
         self._prefilled = selection.kept_tokens
         return run.prefill(input_ids[:, kept] if sparse else input_ids, kept), run.step
 
