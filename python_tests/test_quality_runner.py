@@ -125,6 +125,40 @@ def test_baselines_have_what_the_selection_is_forced_to_keep(loop, monkeypatch) 
     assert read["last", 0.25].tolist() != read["first_last", 0.25].tolist() != read["random", 0.25].tolist()
 
 
+def test_baselines_have_sink_and_tail_too(models, monkeypatch) -> None:
+    loop = make_loop(models, protect="none", sink=30, tail=40)
+    one = sample()
+    read = read_tokens(monkeypatch, loop, one)
+    length = len(read["full", 1.0])
+    forced = {*range(32), *range((length - 40) // 16 * 16, length)}  # in whole chunks
+    for method in METHODS[1:]:
+        assert forced <= set(read[method, 0.5].tolist()), method
+
+
+def test_random_chunks_are_drawn_for_each_prompt_and_ratio_anew(loop, monkeypatch) -> None:
+    first, second = (read_tokens(monkeypatch, loop, sample(seed))["random", 0.25].tolist() for seed in (0, 1))
+    assert len(first) == len(second)
+    assert first != second
+    again = read_tokens(monkeypatch, loop, sample(0))
+    assert again["random", 0.25].tolist() == first
+    assert not set(first) <= set(again["random", 0.5].tolist())
+
+
+def test_baselines_read_from_the_bases_first_layer_on_even_where_the_selection_goes_on_above(models) -> None:
+    base = models[0]
+    loop = SpecPrefill(base, None, config(protect="template"), tokenizer=byte_tokenizer(), self_layers=(0, 1))
+    lengths = []
+    hook = base.model.layers[0].register_forward_pre_hook(
+        lambda _module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    records = records_of(loop, sample(max_new_tokens=1), ratios=(0.25,))
+    hook.remove()
+    whole = records["full", 1.0].prompt_tokens
+    # Full, the speculation of all ratios, kept (whose lower layers read everything), and the baselines.
+    assert lengths == [whole] * 3 + [records["kept", 0.25].kept_tokens] * 3
+
+
 def with_selection(loop: SpecPrefill, one, ratio: float):
     from specprefill_kernels.loop.clock import StageClock
 
@@ -239,6 +273,19 @@ def test_an_interrupted_evaluation_ends_up_like_an_uninterrupted_one(loop, tmp_p
     with RecordFile(broken, {"a": 1}) as file:
         assert evaluate(runner, plan(), file)
     assert broken.read_bytes() == before
+
+
+def test_the_first_prompt_alone_is_read_once_more_to_warm_up(loop, tmp_path, monkeypatch) -> None:
+    runs, run = [], Runner.run
+
+    def watched(self, one, wanted):
+        runs.append((one.seed, len(wanted)))
+        return run(self, one, wanted)
+
+    monkeypatch.setattr(Runner, "run", watched)
+    with RecordFile(tmp_path / "r.jsonl", {}) as file:
+        evaluate(Runner(loop, (0.5,)), plan(2), file)
+    assert runs == [(0, 1), (0, 5), (1, 5)]
 
 
 def test_no_prompt_is_begun_when_the_time_is_up(loop, tmp_path) -> None:

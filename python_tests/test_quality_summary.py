@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from quality_samples import record
 
 from specprefill_kernels.quality import intervals
 from specprefill_kernels.quality.claims import broken_claims
+from specprefill_kernels.quality.intervals import Interval
 from specprefill_kernels.quality.plot import save_plot
-from specprefill_kernels.quality.summary import ALL, markdown, summarize
+from specprefill_kernels.quality.summary import ALL, markdown, summarize, text_of
 
 FULL, KEPT, RANDOM, LAST = [1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0.5, 0, 0, 0]
 SETTING = {
@@ -51,7 +53,7 @@ def test_rows_hold_the_figures_of_their_prompts() -> None:
     assert full.to_full is None
     assert full.speed_up == 1
     assert full.dense == 0
-    assert summary.row("door", "last", 0.3).score.method == "bootstrap"
+    assert summary.row("door", "last", 0.3).score.method == "adjusted"
     with pytest.raises(ValueError, match="row: expected one of the rows"):
         summary.row("door", "kept", 0.4)
 
@@ -117,14 +119,48 @@ def test_the_stages_of_the_first_token_are_medians_without_decoding() -> None:
 
 def test_the_report_says_where_the_last_tokens_are_enough() -> None:
     recent = records("recent", scores=([1] * 4, [1, 1, 1, 0], [0] * 4, [1] * 4))
-    text = markdown(summarize(records() + recent), SETTING, "score.png")
+    hopeless = records("hopeless", scores=([0] * 4, [0] * 4, [0] * 4, [0] * 4))  # a tie at nothing is none
+    text = markdown(summarize(records() + recent + hopeless), SETTING, "score.png")
     part = text[text.index("## Where the last tokens") : text.index("## How to read")]
     assert part.count("\n- ") == 1
     assert "- recent at 0.3: last tokens 1.00, kept 0.75" in part
     assert "## Where" not in markdown(summarize(records()), SETTING)
     assert "![score against keep ratio](score.png)" in text
     assert "| 0.3 | kept (speculative) | 0.50 [0.15, 0.85] | -0.25 [" in text
-    assert text.count("| all | full prompt |") == 4  # a table for each task, one for all, and the times
+    assert text.count("| all | full prompt |") == 5  # a table for each task, one for all, and the times
+
+
+def test_only_what_rounds_to_zero_is_written_as_zero() -> None:
+    assert text_of(Interval(-0.004, -0.04, 0.004, "wilson"), signed=True) == "+0.00 [-0.04, +0.00]"
+
+
+def test_a_tie_with_the_last_tokens_is_said_but_not_for_all_tasks_together() -> None:
+    tie = records("tie", scores=([1] * 4, [1, 1, 0, 0], [0] * 4, [0, 0, 1, 1]))
+    other = records("other", scores=([1] * 4, [1] * 4, [0] * 4, [1] * 4))
+    text = markdown(summarize(tie + other), SETTING)
+    part = text[text.index("## Where the last tokens") : text.index("## How to read")]
+    assert "- tie at 0.3: last tokens 0.50, kept 0.50" in part
+    assert ALL not in part
+
+
+def test_the_part_read_is_a_mean_over_prompts() -> None:
+    summary = summarize([record(seed, kept_tokens=kept) for seed, kept in enumerate((30, 30, 90))])
+    assert summary.row("door", "kept", 0.3).kept == pytest.approx(0.5)
+
+
+def test_one_slow_prompt_does_not_move_the_time() -> None:
+    summary = summarize([record(seed, ttft=ttft) for seed, ttft in enumerate((1.0, 2.0, 30.0))])
+    assert summary.row("door", "kept", 0.3).ttft == 2.0
+
+
+def test_a_stage_that_a_prompt_did_not_have_took_no_time() -> None:
+    rows = [record(0, seconds={"base_prefill": 1.0}), record(1, seconds={"base_prefill": 1.0, "score": 0.4})]
+    assert summarize(rows).row("door", "kept", 0.3).stages == {"base_prefill": 1.0, "score": 0.2}
+
+
+def test_dense_baselines_are_not_said_twice() -> None:
+    text = markdown(summarize([record(method=method, mode="dense") for method in ("kept", "random", "last")]), SETTING)
+    assert text.count("ran dense") == 1
 
 
 def test_the_json_is_json() -> None:
@@ -175,6 +211,25 @@ def test_few_prompts_prove_nothing() -> None:
 def test_a_sure_but_small_loss_is_within_the_noise() -> None:
     full, kept = [0.9 + 0.001 * (i % 7) for i in range(40)], [0.85 + 0.001 * (i % 5) for i in range(40)]
     assert broken_claims(summarize(wide(scores=(full, kept, [0.1] * 40, kept))), "door", 0.3) == []
+
+
+def test_a_sure_loss_between_the_two_limits_is_a_loss() -> None:
+    full, kept = [0.9 + 0.001 * (i % 7) for i in range(40)], [0.75 + 0.001 * (i % 5) for i in range(40)]
+    broken = broken_claims(summarize(wide(scores=(full, kept, [0.1] * 40, kept))), "door", 0.3)
+    assert len(broken) == 1
+    assert "worse than the full prompt: -0.15" in broken[0]
+
+
+def test_a_lead_of_just_the_threshold_is_not_above_it() -> None:
+    summary = summarize(wide(scores=([1] * 30, [1] * 30, [0] * 30, [0] * 30)))
+
+    def broken(lead: float) -> list[str]:
+        lead_of = intervals.Interval(0.5, lead, 0.7, "newcombe")
+        rows = [replace(row, to_random=lead_of) if row.method == "kept" else row for row in summary.rows]
+        return broken_claims(replace(summary, rows=tuple(rows)), "door", 0.3)
+
+    assert broken(0.2001) == []
+    assert broken(0.2)[0].startswith("kept 30% is not far ahead of random chunks: +0.50 [+0.20, +0.70]")
 
 
 def test_claims_need_the_methods_they_compare() -> None:

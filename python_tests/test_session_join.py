@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conversations import planned, positions
@@ -95,6 +97,17 @@ def test_more_than_the_budget_is_reported():
     held = positions((0, 90))
     assert join(planned(T, positions((180, T))), held, config(keep_tokens=64)).selection.overflow
     assert not join(planned(T, positions((180, T))), held, config(keep_tokens=112)).selection.overflow
+
+
+def test_exactly_the_budget_is_not_more_than_it():
+    anew, settings = planned(T, positions((180, T))), config(keep_tokens=96)
+    assert not join(anew, positions((0, 76)), settings).selection.overflow
+    assert join(anew, positions((0, 77)), settings).selection.overflow
+
+
+def test_a_selection_that_had_to_exceed_the_budget_still_says_so():
+    anew = replace(planned(T, positions((180, T))), overflow=True)
+    assert join(anew, positions((0, 10)), config(keep_tokens=96)).selection.overflow
 
 
 @pytest.mark.parametrize("seed", range(30))
