@@ -91,32 +91,68 @@ def test_right_and_wrong_get_score_intervals() -> None:
     assert (difference.low, difference.high) == newcombe(1, 2, 1, 1)
 
 
-def test_bootstrap_agrees_with_the_normal_interval_for_many_prompts() -> None:
+def test_other_scores_get_the_normal_interval_for_many_prompts() -> None:
     rng = random.Random(1)
     scores = [rng.betavariate(2, 3) for _ in range(600)]
     interval = mean(scores)
-    assert interval.method == "bootstrap"
+    assert interval.method == "adjusted"
     centre = sum(scores) / 600
     half = 1.96 * math.sqrt(sum((x - centre) ** 2 for x in scores) / 599 / 600)
     assert interval.estimate == pytest.approx(centre)
-    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half), abs=0.06 * half)
+    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half), abs=0.1 * half)
 
 
-def test_bootstrap_is_paired_and_repeatable() -> None:
-    """A constant shift between prompts of very different difficulty is seen exactly: the pairs, not the two means."""
-    easy = [0.05 + 0.8 * i / 29 for i in range(30)]
+def test_adjusted_intervals_are_agrestis_for_rates() -> None:
+    """A score of 1/2 among wrong and right ones; by hand from the sums with the invented prompts."""
+    interval = mean([0.5, 1, 1, 0, 1, 0])  # sum 3.5 + 2, squares 3.25 + 2, of 10
+    half = 1.959964 * math.sqrt((0.525 - 0.55**2) / 10)
+    assert (interval.low, interval.high) == pytest.approx((0.55 - half, 0.55 + half), abs=1e-6)
+    difference = paired_difference([0.5, 1, 1, 0], [0, 1, 0, 0])  # 1.5 and 1.25 + 1, of 6
+    half = 1.959964 * math.sqrt((2.25 / 6 - 0.25**2) / 6)
+    assert difference.estimate == pytest.approx(0.375)
+    assert (difference.low, difference.high) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-6)
+
+
+def test_adjusted_intervals_cover_mixed_scores_of_few_prompts() -> None:
+    """Half of the prompts right or wrong, the others in between: 95% intervals hold the truth in about 95% of draws."""
+    rng = random.Random(2)
+
+    def pair() -> tuple[float, float]:
+        if rng.random() < 0.5:
+            return rng.choices([(1, 1), (1, 0), (0, 1), (0, 0)], (0.5, 0.2, 0.1, 0.2))[0]
+        return rng.uniform(0.3, 0.9), rng.uniform(0.2, 0.8)
+
+    truth, held = 0.5 * 0.1 + 0.5 * 0.1, 0
+    for _ in range(2000):
+        difference = paired_difference(*zip(*(pair() for _ in range(12)), strict=True))
+        held += difference.low <= truth <= difference.high
+    assert 0.93 <= held / 2000 <= 0.99
+
+
+def test_equal_pairs_of_any_scores_leave_room_for_a_difference() -> None:
+    scores = [0.27, 1, 0, 0, 1, 0, 0, 0]
+    difference = paired_difference(scores, scores)
+    assert difference.method == "adjusted"
+    assert difference.low < -0.15
+    assert difference.high > 0.15
+
+
+def test_differences_are_those_of_pairs() -> None:
+    """A constant shift between prompts of very different difficulty: the spread of the prompts does not count."""
+    easy = [0.05 + 0.8 * i / 99 for i in range(100)]
     shifted = [score + 0.1 for score in easy]
     difference = paired_difference(shifted, easy)
-    assert (difference.low, difference.high) == pytest.approx((0.1, 0.1))
-    assert paired_difference(shifted, easy) == difference
+    assert difference.estimate == pytest.approx(0.1)
+    assert 0.07 < difference.low < 0.1 < difference.high < 0.13
     assert paired_difference(easy, shifted).estimate == pytest.approx(-0.1)
 
 
 def test_bounds_stay_within_what_is_possible() -> None:
     interval = mean([0.99, 1.0, 0.98, 0.2])
     assert 0 <= interval.low < interval.estimate < interval.high <= 1
-    assert (mean([0.5]).low, mean([0.5]).high) == (0, 1)
-    assert (paired_difference([0.5], [0.25]).low, paired_difference([0.5], [0.25]).high) == (-1, 1)
+    assert mean([1.0, 0.999]).high == 1
+    one = paired_difference([0.99], [0.0])
+    assert -1 <= one.low < 0.3 < one.estimate <= one.high <= 1
 
 
 def test_scores_that_are_none_are_refused() -> None:

@@ -6,9 +6,11 @@ paired data", Statistics in Medicine 17, 1998, method 10). Both are closed forms
 every prompt agrees, as a bootstrap or a normal interval would: 20 of 20 equal answers do not show that two methods are
 equal, and an evaluation with few prompts has to say so.
 
-Other scores (F1, similarities) get a percentile bootstrap over prompts, seeded, its deviations widened by
-sqrt(n / (n - 1)), because resampling n values understates their variance by that factor. Its bounds stay inside the
-range of what is possible. One prompt says nothing about the others: its interval is that whole range.
+Other scores (F1, similarities), and prompts of tasks with and without such scores together, get the normal interval of
+the mean after a few invented prompts were added: two with the score 0 and two with 1 for a mean (Agresti and Coull, The
+American Statistician 52, 1998), half a prompt with the difference -1, half a one with +1 and one with 0 for a paired
+difference (Agresti and Min, Statistics in Medicine 24, 2005). For rates they are close to the intervals above, they
+need no resampling, and like those they do not collapse: the bootstrap gave [0, 0] for eight equal pairs.
 """
 
 from __future__ import annotations
@@ -17,15 +19,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 Z95 = 1.959963984540054
-RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, its 95% bounds, and how they were made: "wilson", "newcombe" or "bootstrap"."""
+    """An estimate, its 95% bounds, and how they were made: "wilson", "newcombe" or "adjusted"."""
 
     estimate: float
     low: float
@@ -66,8 +65,8 @@ def mean(scores: Sequence[float]) -> Interval:
     if _binary(scores):
         low, high = wilson(round(math.fsum(scores)), len(scores))
         return Interval(estimate, low, high, "wilson")
-    low, high = _bootstrap(scores, 0.0, 1.0)
-    return Interval(estimate, low, high, "bootstrap")
+    low, high = _adjusted(scores, added=4, squares=2.0, total=2.0)
+    return Interval(estimate, max(0.0, min(low, estimate)), min(1.0, max(high, estimate)), "adjusted")
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -89,8 +88,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interv
         neither = len(first) - both - only_first - only_second
         low, high = newcombe(both, only_first, only_second, neither)
         return Interval(estimate, low, high, "newcombe")
-    low, high = _bootstrap(differences, -1.0, 1.0)
-    return Interval(estimate, low, high, "bootstrap")
+    low, high = _adjusted(differences, added=2, squares=1.0, total=0.0)
+    return Interval(estimate, max(-1.0, min(low, estimate)), min(1.0, max(high, estimate)), "adjusted")
 
 
 def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
@@ -125,17 +124,13 @@ def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:
     return product / math.sqrt(margins)
 
 
-def _bootstrap(values: Sequence[float], least: float, most: float) -> tuple[float, float]:
-    count = len(values)
-    if count == 1:
-        return least, most
-    array = np.asarray(values, dtype=np.float64)
-    centre = float(array.mean())
-    # The same prompts are drawn for every pair of methods: their rows of a table agree with each other.
-    draws = np.random.default_rng(0).integers(0, count, size=(RESAMPLES, count))
-    low, high = np.quantile(array[draws].mean(axis=1), (0.025, 0.975))
-    wider = math.sqrt(count / (count - 1))
-    return max(least, centre + (float(low) - centre) * wider), min(most, centre + (float(high) - centre) * wider)
+def _adjusted(values: Sequence[float], added: int, squares: float, total: float) -> tuple[float, float]:
+    """The normal interval with `added` values more, which sum up to `total` and their squares to `squares`."""
+    count = len(values) + added
+    centre = (math.fsum(values) + total) / count
+    variance = (math.fsum(value * value for value in values) + squares) / count - centre * centre
+    half = Z95 * math.sqrt(max(variance, 0.0) / count)
+    return centre - half, centre + half
 
 
 def _binary(scores: Sequence[float]) -> bool:

@@ -230,7 +230,8 @@ def _recency(summary: Summary) -> list[str]:
         for row in summary.rows:
             if row.task == task and row.method == "kept" and task != ALL:
                 last = [r for r in summary.rows if (r.task, r.method, r.keep_ratio) == (task, "last", row.keep_ratio)]
-                if last and last[0].score.estimate >= row.score.estimate:
+                # A tie at nothing right says nothing.
+                if last and last[0].score.estimate >= max(row.score.estimate, 1e-9):
                     lines.append(
                         f"- {task} at {row.keep_ratio:g}: last tokens {last[0].score.estimate:.2f}, "
                         f"kept {row.score.estimate:.2f}"
@@ -247,6 +248,6 @@ def _reading_guide() -> list[str]:
         "Every baseline reads exactly as many tokens as the selection did for the same prompt, and what the selection "
         "is forced to keep (protected parts of the template, the end of the question, the last chunk) is among them. "
         "TTFT of the selection holds the speculator's time; baselines need none. Rates have Wilson's interval and "
-        "paired differences of rates Newcombe's; other scores a bootstrap over prompts. Evidence kept: prompts of "
-        "which every token that touches the evidence was read.",
+        "paired differences of rates Newcombe's; other scores Agresti's adjusted normal intervals. Evidence kept: "
+        "prompts of which every token that touches the evidence was read.",
     ]
