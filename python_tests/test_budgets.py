@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_models import PROMPT, build, byte_tokenizer, config, pipeline, prompt
+from loop_models import PROMPT, VOCAB, build, byte_tokenizer, config, pipeline, prompt
 
 from specprefill_kernels import SpecPrefillConfig, select_chunks
 from specprefill_kernels.loop import SpecPrefill
@@ -309,11 +309,35 @@ def test_a_short_prompt_needs_no_prediction():
 
 def test_a_pair_is_predicted_in_the_speculators_own_tokens():
     base, other = byte_tokenizer(), byte_tokenizer((("t", "h"), ("th", "e"), ("o", "w")))
-    sp = SpecPrefill(
-        build("llama", seed=7), build("llama", seed=3), config(), tokenizer=base, speculator_tokenizer=other
-    )
-    sp.selector._costs = CHEAP_SPECULATOR
     text = "the brown cow and the other cow. " * 9
-    prediction = sp.select(text).prediction
-    assert prediction.prompt_tokens == len(text)
-    assert prediction.speculator_tokens == len(other(text)["input_ids"]) < len(text)
+    for budget in (config(), config(keep_ratio=None, keep_mass=0.3)):  # keep_mass is predicted again after scoring
+        sp = SpecPrefill(
+            build("llama", seed=7), build("llama", seed=3), budget, tokenizer=base, speculator_tokenizer=other
+        )
+        sp.selector._costs = CHEAP_SPECULATOR
+        prediction = sp.select(text).prediction
+        assert prediction.prompt_tokens == len(text)
+        assert prediction.speculator_tokens == len(other(text)["input_ids"]) < len(text)
+
+
+@pytest.mark.parametrize("changes", [{"tail": 60}, {"sink": 60}], ids=str)
+def test_sink_and_tail_that_exceed_the_budget_are_named(changes):
+    over = pipeline(keep_tokens=16, **changes).select(prompt())
+    assert over.overflow
+    assert over.reason.endswith("; the chunks of sink and tail exceed the budget of 16 (keep_tokens=16)")
+
+
+def test_a_dense_selection_names_what_is_protected_too():
+    dense = pipeline(keep_ratio=1.0).select(prompt(), protect=[(3, 9)])
+    assert dense.mode == "dense"
+    assert (dense.protected, dict(dense.protected_parts)) == (((3, 9),), {"user": ((3, 9),)})
+
+
+def test_the_first_id_that_the_speculator_has_not_is_refused():
+    ids = prompt()
+    sp = pipeline(base=build("llama", seed=7, vocab_size=VOCAB + 1))
+    ids[0, 5] = VOCAB
+    with pytest.raises(ValueError, match=rf"^speculator: expected a vocabulary that holds id {VOCAB}, got one of"):
+        sp.select(ids)
+    ids[0, 5] = VOCAB - 1
+    assert sp.select(ids).mode == "sparse"

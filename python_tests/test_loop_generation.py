@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from loop_models import PROMPT, pipeline, prompt
+import torch
+from loop_models import PROMPT, byte_tokenizer, pipeline, prompt
 
 from specprefill_kernels.loop import continuing, prefill
 
@@ -52,3 +53,16 @@ def test_continuing_layers_refuse_an_option_before_they_read():
     with pytest.raises(ValueError, match="num_beams"):
         sp.generate(prompt(), 2, num_beams=2)
     assert lengths == []
+
+
+def test_an_answers_text_has_no_special_tokens():
+    tokenizer = byte_tokenizer()
+    special, letter = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer("a")["input_ids"][0]
+
+    def force(input_ids, scores):
+        wanted = special if input_ids.shape[1] == PROMPT + 1 else letter
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([wanted]), 0.0)
+
+    result = pipeline(tokenizer=tokenizer).generate(prompt(), 3, logits_processor=[force])
+    assert result.tokens == (letter, special, letter)
+    assert result.text == "aa"

@@ -10,7 +10,7 @@ import torch
 from conversations import counted
 from loop_models import PROMPT, build, byte_tokenizer, config, prompt
 
-from specprefill_kernels.loop import SpecPrefill
+from specprefill_kernels.loop import Session, SpecPrefill
 from specprefill_kernels.loop import selection_cache as module
 from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 from specprefill_kernels.loop.selection_cache import SelectionCache
@@ -178,6 +178,39 @@ def test_the_least_recently_used_entry_goes_first():
     cache.clear()
     assert len(cache) == 0
     assert not sp.select(b).cached
+
+
+def test_a_start_that_is_used_for_a_longer_prompt_is_used():
+    cache = SelectionCache(entries=2, suffix_tokens=10)
+    sp, first, second, third = loop(cache), *(prompt(seed=seed) for seed in (1, 2, 3))
+    for ids in (first, second):
+        sp.select(ids)
+    assert sp.select(torch.cat([first, prompt(5, seed=9)], dim=1)).cached
+    sp.select(third)
+    assert sp.select(first).cached
+    assert not sp.select(second).cached
+
+
+def test_a_known_selection_reused_no_speculator_tokens():
+    cache = SelectionCache()
+    sp, ids = loop(cache), prompt()
+    session = Session(sp)
+    session.generate(ids[:, :100], 1)
+    assert session.generate(ids, 1).selection.reused_tokens == 100
+    again = sp.select(ids)
+    assert (again.cached, again.reused_tokens) == (True, 0)
+
+
+def test_loops_of_other_costs_do_not_share():
+    cache, settings = SelectionCache(), config()
+    identity = identity_of(BASE, SPECULATOR, settings)
+    each = [CostModel(PrefillCost(per_token=s), PrefillCost(per_token=1e-5), identity=identity) for s in (1.0, 2.0)]
+    for costs in (None, *each):
+        sp = SpecPrefill(BASE, SPECULATOR, settings, costs=costs, selection_cache=cache)
+        prediction = sp.select(prompt()).prediction
+        assert (prediction is None) == (costs is None)
+        assert costs is None or prediction.full == PROMPT * costs.base.per_token
+    assert tallies(cache) == (0, 0, 3)
 
 
 def test_what_a_caller_does_to_a_result_does_not_reach_the_cache():

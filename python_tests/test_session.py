@@ -461,6 +461,8 @@ def test_tools_reach_the_template_of_every_turn():
     for _ in range(2):
         result = session.ask(STORY, 2)
         assert session.loop.tokenizer.decode(result.selection.input_ids).startswith("[look_up]")
+    other = session.ask(STORY, 2, template_options={"tools": [{"name": "other"}]})  # a call's own come first
+    assert session.loop.tokenizer.decode(other.selection.input_ids).startswith("[other]")
     result = session.ask("found: 7", 2, role="tool")
     assert session.messages[-2] == {"role": "tool", "content": "found: 7"}
     assert result.prompt_tokens > 0

@@ -10,8 +10,8 @@ from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 BASE = build("llama", seed=7)
 
 
-def continuing_loop(keep_ratio):
-    settings = config(keep_ratio=keep_ratio)
+def continuing_loop(keep_ratio=None, **changes):
+    settings = config(keep_ratio=keep_ratio, **changes)
     costs = CostModel(
         base=PrefillCost(per_token=1.0),
         lower=PrefillCost(per_token=0.4),
@@ -37,3 +37,18 @@ def test_it_is_sparse_where_even_so_it_pays():
     turn = Session(continuing_loop(0.3)).generate(prompt(), 1)
     assert turn.mode == "sparse"
     assert not turn.selection.prediction.continues
+
+
+def test_a_sessions_prediction_after_scoring_is_of_a_base_that_starts_again():
+    """What keep_mass keeps is known after scoring: the prediction is made again, for the same way to go on."""
+    turn = Session(continuing_loop(keep_mass=0.3)).generate(prompt(), 1)
+    prediction = turn.selection.prediction
+    assert turn.mode == "sparse"
+    assert prediction.kept_tokens == turn.kept_tokens > 16  # more than the one chunk that it began with
+    assert not prediction.continues
+    assert prediction.stages["base_prefill"] == turn.kept_tokens
+
+
+def test_the_seconds_of_a_turns_selection_hold_the_look_at_the_cache():
+    turn = Session(SpecPrefill(BASE, build("llama", seed=3), config())).generate(prompt(), 1)
+    assert turn.selection.seconds["select"] == turn.seconds["select"] > 0
