@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +232,10 @@ def test_the_command_says_in_one_line_what_is_wrong(command, tmp_path):
     result = command("--output", str(tmp_path / "c.json"), "--tasks", "niah")
     assert result.exit_code == 1
     assert "tasks: expected some of" in " ".join(result.output.split())
+
+
+def test_a_folder_with_files_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="expected an empty folder or one of a calibration"):
+        room._Parts(tmp_path, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

@@ -310,6 +310,9 @@ class _Parts:
     def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, note = folder, folder / "setting.json"
+        # The command removes the folder in the end: it must hold nothing but ours.
+        if not note.exists() and any(folder.iterdir()):
+            raise ValueError(f"parts: expected an empty folder or one of a calibration, got {folder} with other files")
         if note.exists():
             found = json.loads(note.read_text(encoding="utf-8"))
             # More prompts or other keep ratios may follow; what the states depend on must be equal.
