@@ -78,6 +78,12 @@ def test_a_second_call_answers_nothing_again(tiny, done) -> None:
     assert ((output / "records.jsonl").read_bytes(), (output / "summary.json").read_bytes()) == before
 
 
+def test_the_full_prompt_alone_is_an_evaluation_too(tiny, tmp_path: Path) -> None:
+    arguments = ("--tasks", "niah_single", "--prompts", 1, "--tokens", 400, "--methods", "full")
+    assert "full prompt" in invoke(*tiny, *arguments, "--output", tmp_path).stdout
+    assert (tmp_path / "summary.md").exists()
+
+
 def test_another_setting_in_the_same_folder_is_one_plain_line(tiny, done) -> None:
     _, output = done
     before = (output / "records.jsonl").read_bytes()

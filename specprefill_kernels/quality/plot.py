@@ -77,7 +77,8 @@ def _panel(axes, rows: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
             label=TITLES[method], zorder=3 if method == "kept" else 2,
         )  # fmt: skip
     axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-    axes.set_xlim(min(ratios) - 0.5 * step, max(ratios) + 0.5 * step)
+    if ratios:  # the full prompt alone has none
+        axes.set_xlim(min(ratios) - 0.5 * step, max(ratios) + 0.5 * step)
     axes.set_ylim(-0.03, 1.03)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
