@@ -99,4 +99,4 @@ def test_a_speculator_with_too_short_a_context_runs_dense():
     sp = SpecPrefill(build("llama", seed=7), build("llama", max_position_embeddings=100), config())
     result = sp.generate(prompt(), 3)
     assert (result.mode, result.backend) == ("dense", "none")
-    assert result.reason == "the speculator reads at most 100 tokens, the prompt has 150 of them"
+    assert result.reason == "the speculator reads at most 100 tokens, the prompt has 150"

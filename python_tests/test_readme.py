@@ -64,7 +64,7 @@ def test_the_loop_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     exec(block, values)
     first, second = capsys.readouterr().out.splitlines()
     assert first
-    assert 0 < int(second.split()[0])
+    assert int(second.split()[0]) > 0
 
 
 def test_the_first_commands_are_run_pys() -> None:

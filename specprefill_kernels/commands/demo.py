@@ -30,7 +30,7 @@ DEMO_KEEP_RATIO = 0.1
 
 def demo(
     small: Annotated[
-        bool, typer.Option(help="smollm2-135m on both sides (92 MB): shows the page, cannot gain.")
+        bool, typer.Option(help="smollm2-135m on both sides (98 MB): shows the page, cannot gain.")
     ] = False,
     base: Model = BASE,
     speculator: Model = SPECULATOR,

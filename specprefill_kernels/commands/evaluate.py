@@ -123,6 +123,8 @@ def evaluate(
             raise ValueError(f"--short: expected the methods {', '.join(METHODS[:3])} among --methods, got {methods}")
         set_threads(threads)
         loop, room = _load(base, speculator, config, self_layers, device, errors)
+        if names and room is not None and length > room:
+            raise ValueError(f"--tokens: expected at most {room}, what both models have room for, got {length}")
         running = runner.Runner(loop, ratios, wanted)
         plan = _plan(names, range(seed, seed + count), length, answer_tokens, source, loop.tokenizer)
         plan += _longbench_plan(longbench or (), longbench_prompts, count, loop, room)
