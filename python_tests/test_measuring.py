@@ -9,6 +9,7 @@ import torch
 from loop_models import build, byte_tokenizer, config
 
 from specprefill_kernels import SpecPrefillConfig, models
+from specprefill_kernels.loop import measuring
 from specprefill_kernels.loop.costs import CostModel, PrefillCost, identity_of
 from specprefill_kernels.loop.measuring import Part, sample
 
@@ -157,6 +158,18 @@ class TestMeasure:
         seen = []
         CostModel.measure(build("llama"), build("llama"), config(), seconds=0.2, longest=256, progress=Progress())
         assert seen[-1] == (100, 100)
+
+
+def test_one_model_on_both_sides_has_one_cost(monkeypatch):
+    """Whatever a busy machine does to one of the two timings."""
+    timed = {"base": [(64, 4.0), (256, 9.0)], "speculator": [(64, 1.0), (256, 2.0)], "look_ahead_step": [(64, 0.1)]}
+    monkeypatch.setattr(measuring, "sample", lambda *_, **__: {name: list(values) for name, values in timed.items()})
+    model, other = build("llama"), build("llama", seed=1)
+    alone, pair = CostModel.measure(model, model, config()), CostModel.measure(model, other, config())
+    assert alone.base == alone.speculator == PrefillCost.fit(sorted([*timed["base"], *timed["speculator"]]))
+    assert not alone.predict(1000, 1).pays
+    assert pair.base != pair.speculator
+    assert pair.predict(1000, 1).pays
 
 
 @pytest.mark.model
