@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from specprefill_kernels.quality.summary import Row, Summary
 
 # What a model of 135M parameters answers surely from the full prompt. Where it guesses, as with four needles that
-# differ in their keys (0.73 from the full prompt), the noise of 30 prompts is as large as the loss to be ruled out.
+# differ in their keys (0.73 from the full prompt), the noise of so few prompts is as large as the loss to be ruled out.
 SHORT_TASKS = ("niah_single",)
 SHORT_METHODS = ("full", "kept", "random")
 SHORT_RATIO = 0.3
