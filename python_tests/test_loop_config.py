@@ -95,9 +95,12 @@ def test_keeps_all_agrees_with_the_selection(budget, rounding):
     for seq_len in (1, 7, 8, 9, 63, 64, 65, 70, 71, 72, 73, 80, 81, 400):
         kept = select_chunks(torch.rand(1, seq_len), chunk_size=8, rounding=rounding, **config.budget).num_kept
         assert config.keeps_all(seq_len) == (int(kept) == seq_len), seq_len
+        assert config.budget_chunks(seq_len) == -(-int(kept) // 8), seq_len
         answers.add(config.keeps_all(seq_len))
     assert True in answers
 
 
 def test_keep_mass_is_only_known_after_scoring():
-    assert not SpecPrefillConfig(keep_mass=1.0).keeps_all(10)
+    config = SpecPrefillConfig(keep_mass=1.0)
+    assert not config.keeps_all(10)
+    assert config.budget_chunks(10) is None

@@ -170,10 +170,10 @@ class SpecPrefillConfig:
             return {"keep_mass": self.keep_mass}
         return {"keep_ratio": self.keep_ratio}
 
-    def keeps_all(self, seq_len: int) -> bool:
-        """Whether the budget surely covers a whole prompt, so that there is nothing to select."""
+    def budget_chunks(self, seq_len: int) -> int | None:
+        """Chunks that the budget allows of `seq_len` tokens. None for keep_mass, which depends on the importance."""
         if self.keep_mass is not None:
-            return False  # depends on the importance
+            return None
         budget = Budget(
             keep_ratio=None if self.keep_tokens is not None else self.keep_ratio,
             keep_tokens=self.keep_tokens,
@@ -183,8 +183,15 @@ class SpecPrefillConfig:
             sink=self.sink,
             tail=self.tail,
         )
-        chunks = -(-seq_len // self.chunk_size)
-        return budget.chunks(chunks) >= chunks
+        return budget.chunks(self._chunks(seq_len))
+
+    def keeps_all(self, seq_len: int) -> bool:
+        """Whether the budget surely covers a whole prompt, so that there is nothing to select."""
+        allowed = self.budget_chunks(seq_len)
+        return allowed is not None and allowed >= self._chunks(seq_len)
+
+    def _chunks(self, seq_len: int) -> int:
+        return -(-seq_len // self.chunk_size)
 
 
 def _fail(name: str, expected: str, got: object) -> None:

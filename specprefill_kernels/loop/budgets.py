@@ -21,7 +21,6 @@ from torch import Tensor
 from specprefill_kernels.config import SpecPrefillConfig
 from specprefill_kernels.loop.results import Span
 from specprefill_kernels.ops.select import Selection, select_chunks
-from specprefill_kernels.ops.select.budget import Budget
 
 
 class Kept(NamedTuple):
@@ -33,7 +32,7 @@ class Kept(NamedTuple):
 
 def budget_tokens(config: SpecPrefillConfig, seq_len: int) -> int | None:
     """Tokens that the budget allows of `seq_len`, in whole chunks. None for keep_mass, which follows the content."""
-    chunks = _budget_chunks(config, seq_len)
+    chunks = config.budget_chunks(seq_len)
     return None if chunks is None else chunks * config.chunk_size
 
 
@@ -47,7 +46,7 @@ def keep_tokens(importance: Tensor, must_keep: Tensor | None, config: SpecPrefil
     Work: one `select_chunks`, and about log2(protected chunks) more when tokens are protected.
     """
     seq_len = importance.shape[0]
-    chunks = _budget_chunks(config, seq_len)
+    chunks = config.budget_chunks(seq_len)
     own = _select(importance, config, **config.budget)
     best = own.mask(seq_len)[0]
     if must_keep is None or not bool(must_keep.any()):
@@ -95,19 +94,3 @@ def _select(importance: Tensor, config: SpecPrefillConfig, **budget: float) -> S
         backend=config.backend,
         **budget,  # type: ignore[arg-type]
     )
-
-
-def _budget_chunks(config: SpecPrefillConfig, seq_len: int) -> int | None:
-    if config.keep_mass is not None:
-        return None
-    by_tokens = config.keep_tokens is not None
-    budget = Budget(
-        keep_ratio=None if by_tokens else config.keep_ratio,
-        keep_tokens=config.keep_tokens,
-        keep_mass=None,
-        chunk_size=config.chunk_size,
-        rounding=config.rounding,
-        sink=config.sink,
-        tail=config.tail,
-    )
-    return budget.chunks(-(-seq_len // config.chunk_size))
