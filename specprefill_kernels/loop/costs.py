@@ -137,7 +137,7 @@ class CostModel:
         speculator: its prefill; None where the base's own lower layers continue.
         look_ahead_step: one decoded look-ahead token, over the tokens before it.
         look_ahead_steps: how many there are.
-        score, select: scoring; choosing chunks and gathering their ids. Over the speculator's tokens.
+        score, select: scoring; choosing chunks. Over the speculator's tokens.
         lower, upper: the base's layers up to the cut, and above it; None with a speculator.
         speculator_ratio: the speculator's tokens per token of the base.
         measured_tokens: the longest prompt that was timed.

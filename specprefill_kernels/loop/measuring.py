@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
+from specprefill_kernels.loop.budgets import keep_tokens, spans_of_mask
 from specprefill_kernels.loop.capture import LayerCapture
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.continuing import ContinuingRun
@@ -27,7 +28,6 @@ from specprefill_kernels.loop.support import (
     speculator_problem,
 )
 from specprefill_kernels.models.progress import LogProgress, Progress
-from specprefill_kernels.ops.select import select_chunks
 
 SHORTEST = 64
 SECOND = 256  # far enough from the shortest that noise in either does not decide the slope
@@ -173,7 +173,7 @@ def _speculator(model: Any, config: SpecPrefillConfig) -> Callable[[int], dict[s
         clock, ids = StageClock(model.device), _random_ids(model, count)
         speculation = speculator.score(ids, clock)
         with clock.stage("select"):
-            _select(ids, speculation.importance, config)
+            _select(speculation.importance, config)
         seconds = {"speculator": clock.seconds["speculator_prefill"]}
         seconds.update({stage: clock.seconds[stage] for stage in ("score", "select")})
         steps = len(speculation.look_ahead_tokens)
@@ -194,7 +194,7 @@ def _continuing(model: Any, config: SpecPrefillConfig, layers: tuple[int, int]) 
                 rows = prompt_rows(config)
                 speculation = score_captured(Captured(captured, count, num_layers(model), rows, 1), config)
             with clock.stage("select"):
-                _select(ids, speculation.importance, config)
+                _select(speculation.importance, config)
             clock.switch("upper")
             return everything  # so that this run also says what a full prefill takes
 
@@ -206,18 +206,11 @@ def _continuing(model: Any, config: SpecPrefillConfig, layers: tuple[int, int]) 
     return run
 
 
-def _select(ids: Tensor, importance: Tensor, config: SpecPrefillConfig) -> None:
-    selection = select_chunks(
-        importance[None],
-        chunk_size=config.chunk_size,
-        rounding=config.rounding,
-        sink=config.sink,
-        tail=max(config.tail, 1),
-        backend=config.backend,
-        **config.budget,
-    )
-    kept = selection.indices[0, : int(selection.num_kept[0])].to(ids.device, torch.int64)
-    ids[:, kept].contiguous()
+def _select(importance: Tensor, config: SpecPrefillConfig) -> None:
+    """What `Selector.choose` does, with nothing protected."""
+    mask = keep_tokens(importance, None, config).mask
+    mask.nonzero()
+    spans_of_mask(mask)
 
 
 def _ratio(tokenizer: Any, speculator_tokenizer: Any) -> float:
