@@ -76,10 +76,14 @@ class Generation:
         """Select and prefill, and hand out the tokens that follow."""
         owner, clock = self._owner, self._clock
         input_ids = prompt.input_ids.to(owner.base.device)
-        selection = owner.selector.dense_selection(prompt, protection, clock) if self._continues else None
-        if self._continues and selection is None:
-            return self._prefill_continuing(prompt, protection, input_ids)
-        self._selection = selection = self._select(prompt, protection) if selection is None else selection
+        if self._continues:
+            dense = owner.selector.dense_selection(prompt, protection, clock)
+            if dense is None:
+                return self._prefill_continuing(prompt, protection, input_ids)
+            selection = dense
+        else:
+            selection = self._select(prompt, protection)
+        self._selection = selection
         with clock.stage("base_prefill"):
             if owner.base_problem is not None:
                 return generate_plainly(owner.base, input_ids, **self._decode_options())
