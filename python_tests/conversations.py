@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from loop_models import prompt
 from transformers import LogitsProcessor
 
 from specprefill_kernels.loop.budgets import spans_of_mask
@@ -23,8 +24,22 @@ class Logits(LogitsProcessor):
         return scores
 
 
+class Accident(RuntimeError):
+    pass
+
+
+def fail(*_):
+    raise Accident
+
+
 def positions(*spans):
     return torch.cat([torch.arange(0), *(torch.arange(start, end) for start, end in spans)])
+
+
+def follow(ids, result, new=20, seed=5):
+    """The conversation after `result`: the prompt, the answer, and `new` other tokens."""
+    answer = torch.tensor([list(result.tokens)])
+    return torch.cat([torch.as_tensor(ids).reshape(1, -1), answer, prompt(new, seed=seed)], dim=1)
 
 
 def planned(seq_len, kept, *, importance=None, protected=()):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversations import assert_as_from_scratch, counted, from_scratch, plan_next, positions
-from loop_models import PROMPT, build, byte_tokenizer, config, ordinary, pipeline, prompt
+from conversations import assert_as_from_scratch, counted, follow, plan_next, positions
+from loop_models import PROMPT, build, config, ordinary, pipeline, prompt
 from transformers import set_seed
 
 from specprefill_kernels.loop import SpecPrefill
@@ -15,12 +15,6 @@ from specprefill_kernels.loop.session import Session
 FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3")
 FIRST = ((0, 20), (40, 61), (118, PROMPT))  # what turn 1 keeps in the planned tests
 KEPT = len(positions(*FIRST))
-
-
-def follow(ids, result, new=20, seed=5):
-    """The conversation after `result`: the prompt, the answer, and `new` other tokens."""
-    answer = torch.tensor([list(result.tokens)])
-    return torch.cat([torch.as_tensor(ids).reshape(1, -1), answer, prompt(new, seed=seed)], dim=1)
 
 
 def started(family="llama", **changes):
@@ -179,115 +173,6 @@ def test_a_completely_different_prompt_starts_over():
     assert (result.prefilled_tokens, result.kept_tokens, result.reason) == (60, 60, "planned")
 
 
-class Accident(RuntimeError):
-    pass
-
-
-def fail(*_):
-    raise Accident
-
-
-def fail_in_the_base(session, ids):
-    """In the middle of a forward: some layers have the new tokens and some have not."""
-    with session.loop.base.model.layers[2].register_forward_pre_hook(fail):
-        session.generate(ids, 4)
-
-
-def fail_at_the_second_token(session, ids):
-    calls = []
-
-    def hook(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            fail()
-
-    with session.loop.base.model.layers[2].register_forward_pre_hook(hook):
-        session.generate(ids, 4)
-
-
-def fail_in_the_speculator(session, ids):
-    with session.loop.selector._speculator.model.model.layers[2].register_forward_pre_hook(fail):
-        session.generate(ids, 4)
-
-
-def fail_in_the_look_ahead(session, ids):
-    calls = []
-
-    def hook(*_):
-        calls.append(1)
-        if len(calls) == 4:
-            fail()
-
-    with session.loop.selector._speculator.model.model.layers[2].register_forward_pre_hook(hook):
-        session.generate(ids, 4)
-
-
-def interrupt_a_stream(session, ids):
-    stream = session.stream(ids, 4)
-    next(stream)
-    with session.loop.base.model.layers[1].register_forward_pre_hook(raise_interrupt):
-        next(stream)
-
-
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
-
-
-ACCIDENTS = (
-    fail_in_the_base,
-    fail_at_the_second_token,
-    fail_in_the_speculator,
-    fail_in_the_look_ahead,
-    interrupt_a_stream,
-)
-
-
-@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda accident: accident.__name__)
-@pytest.mark.parametrize("first", [False, True], ids=["second_turn", "first_turn"])
-def test_after_an_accident_the_next_call_is_right(accident, first):
-    sp = pipeline("gemma3")
-    session, ids = Session(sp), prompt()
-    if not first:
-        ids = follow(ids, session.generate(ids, 4))
-    with pytest.raises((Accident, KeyboardInterrupt)):
-        accident(session, ids)
-    result = assert_as_from_scratch(session, ids)
-    torch.testing.assert_close(result.selection.importance, sp.select(ids).importance, atol=1e-6, rtol=1e-4)
-    assert_as_from_scratch(session, follow(ids, result))
-
-
-@pytest.mark.parametrize("read", [1, 3])
-def test_an_abandoned_stream_leaves_what_it_computed(read):
-    session, ids = Session(pipeline()), prompt()
-    stream = session.stream(ids, 10)
-    tokens = [next(stream) for _ in range(read)]
-    kept = session.cached_tokens
-    ids = torch.cat([ids, torch.tensor([tokens]), prompt(20, seed=4)], dim=1)
-    result = assert_as_from_scratch(session, ids)
-    assert result.kept_tokens - result.prefilled_tokens <= kept
-    with pytest.raises(RuntimeError, match="started another generation"):
-        next(stream)
-    with pytest.raises(RuntimeError, match="read to its end"):
-        _ = stream.result
-    assert_as_from_scratch(session, follow(ids, result))
-
-
-def test_streams_of_one_session_must_not_interleave():
-    session, ids = Session(pipeline()), prompt()
-    first, second = session.stream(ids, 6), session.stream(ids, 6)
-    next(first)
-    expected = session.loop.generate(ids, 6).tokens
-    tokens = [next(second)]
-    with pytest.raises(RuntimeError, match="started another generation"):
-        next(first)
-    assert (*tokens, *second) == expected
-    third = session.stream(ids, 6)
-    next(third)
-    session.reset()
-    with pytest.raises(RuntimeError, match="or was reset"):
-        next(third)
-
-
 def test_one_token_and_eos_at_once():
     sp, ids = pipeline(), prompt()
     session = Session(sp)
@@ -377,97 +262,6 @@ def test_wrong_arguments_are_named():
         Session(sp).generate(prompt(), 0)
 
 
-# Conversations of messages. Seven merges, so that an answer and what follows it may be tokenized otherwise.
-MERGES = (("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("in", "g"), ("o", "r"), ("e", "r"))
-STORY = "the morning and the evening, the finger and the ring, " * 3
-
-
-def chat(**changes):
-    session_options = {name: changes.pop(name) for name in ("system", "tools") if name in changes}
-    return Session(pipeline(tokenizer=byte_tokenizer(MERGES), **changes), **session_options)
-
-
-def test_ask_keeps_the_conversation():
-    session = chat(system="be brief")
-    first = session.ask(STORY, 5)
-    second = session.ask("and then?", 5)
-    roles = [message["role"] for message in session.messages]
-    assert roles == ["system", "user", "assistant", "user", "assistant"]
-    assert [m["content"] for m in session.messages] == ["be brief", STORY, first.text, "and then?", second.text]
-    alone = session.loop.tokenizer.apply_chat_template(
-        session.messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    assert session.loop.tokenizer.decode(second.selection.input_ids) == alone
-    session.reset()
-    assert session.messages == [{"role": "system", "content": "be brief"}]
-    assert session.cached_tokens == 0
-
-
-def test_asking_equals_runs_from_scratch_whatever_the_answers_tokens_become():
-    """Random models answer with bytes that are no text, so that answers come back as other tokens."""
-    session = chat()
-    session.ask(STORY, 8)
-    for question in ("and then?", "the ring", STORY):
-        messages = [*session.messages, {"role": "user", "content": question}]
-        result = assert_as_from_scratch_chat(session, messages)
-        session.messages.extend([messages[-1], {"role": "assistant", "content": result.text}])
-
-
-def assert_as_from_scratch_chat(session, messages):
-    text = session.loop.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = session.loop.tokenizer(text, add_special_tokens=False)["input_ids"]
-    by_ids = Session(session.loop)
-    by_ids.__dict__.update(session.__dict__)  # the same caches
-    return assert_as_from_scratch(by_ids, ids)
-
-
-def test_a_stream_of_ask_joins_the_conversation_at_its_end():
-    session = chat()
-    stream = session.ask_stream(STORY, 6)
-    pieces = [next(stream)]
-    assert session.messages == []
-    pieces.extend(stream)
-    assert session.messages == [
-        {"role": "user", "content": STORY},
-        {"role": "assistant", "content": stream.result.text},
-    ]
-    assert "".join(pieces) == stream.result.text
-
-
-def test_a_failed_question_leaves_no_trace():
-    session = chat()
-    session.ask(STORY, 4)
-    before = [dict(message) for message in session.messages]
-    with pytest.raises(Accident):
-        session.ask("well?", 4, logits_processor=[fail])
-    abandoned = session.ask_stream("well?", 20)
-    next(abandoned)
-    assert session.messages == before
-    assert session.ask("well?", 4).tokens == chat_again(before, "well?")
-
-
-def chat_again(messages, question):
-    session = chat()
-    session.ask(STORY, 4)
-    assert session.messages == messages
-    return session.ask(question, 4).tokens
-
-
-def test_tools_reach_the_template_of_every_turn():
-    session = chat(tools=[{"name": "look_up"}])
-    session.loop.tokenizer.chat_template = (
-        "{% for t in tools %}[{{ t['name'] }}]{% endfor %}" + session.loop.tokenizer.chat_template
-    )
-    for _ in range(2):
-        result = session.ask(STORY, 2)
-        assert session.loop.tokenizer.decode(result.selection.input_ids).startswith("[look_up]")
-    other = session.ask(STORY, 2, template_options={"tools": [{"name": "other"}]})  # a call's own come first
-    assert session.loop.tokenizer.decode(other.selection.input_ids).startswith("[other]")
-    result = session.ask("found: 7", 2, role="tool")
-    assert session.messages[-2] == {"role": "tool", "content": "found: 7"}
-    assert result.prompt_tokens > 0
-
-
 def test_a_session_uses_the_loops_selection_cache():
     sp = SpecPrefill(build("llama", seed=7), build("llama", seed=3), config(), selection_cache=SelectionCache())
     first, second, ids = Session(sp), Session(sp), prompt()
@@ -476,19 +270,3 @@ def test_a_session_uses_the_loops_selection_cache():
     assert (again.selection.cached, again.tokens, again.spans) == (True, result.tokens, result.spans)
     ids = follow(ids, again)
     assert not assert_as_from_scratch(second, ids).selection.cached
-
-
-def test_a_speculator_with_other_tokens_remembers_too():
-    base, speculator, other = build("llama", seed=7), build("llama", seed=3), byte_tokenizer(MERGES)
-    sp = SpecPrefill(base, speculator, config(), tokenizer=byte_tokenizer(), speculator_tokenizer=other)
-    session, text = Session(sp), STORY
-    for more in ("", "and the thing in the corner. ", "Another thing."):
-        text += more
-        with counted(speculator) as calls:
-            result = session.generate(text, 4)
-        assert sum(calls) < (1000 if not more else 40)
-        torch.testing.assert_close(result.selection.importance, sp.select(text).importance, atol=1e-6, rtol=1e-4)
-        tokens, _ = from_scratch(sp, result.selection.input_ids, result.selection.kept_indices, 4)
-        assert list(result.tokens) == tokens
-    assert result.selection.reused_tokens > 100
-    assert result.selection.reused_tokens < result.prompt_tokens  # counted in the speculator's own, longer tokens
