@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +21,13 @@ import torch
 
 import specprefill_kernels as spk
 from bench import goals, measure
+from bench.environment import environment
 from bench.problems import Problem, WrongResult, problems, verify
 
 EAGER = "reference"
 DEFAULT = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # device -> backends beside the eager form
 # What each backend's time is compared with, in the same run: key of the row, column of the table, the other backend.
 COMPARED = (("faster_than_eager", "eager", EAGER), ("faster_than_triton", "triton", "triton"))
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit: a figure without them cannot be compared with another."""
-    root = Path(__file__).parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    found: dict[str, Any] = {
-        "commit": os.environ.get("SPECPREFILL_COMMIT") or git.stdout.strip() or "unknown",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "device": device,
-    }
-    found |= {name: _version(name) for name in ("specprefill-kernels", "triton")}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "processors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
-        }
-    return found
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def measured(problem: Problem, backends: Iterable[str], ticks: Any, budget: float, copy_rate: float) -> list[dict]:
