@@ -108,15 +108,18 @@ def flags() -> list[str]:
 
 def caches() -> dict[str, int]:
     """Bytes of the first core's caches: {"L1d": 49152, "L2": 2097152, "L3": ...}; empty where the system is silent."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-            factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
-            found[f"L{level}{'' if kind == 'Unified' else kind[0].lower()}"] = int(size.rstrip("KMG")) * factor
-        except (OSError, ValueError):  # a virtual machine may hide some
-            continue
-    return found
+    found = dict(map(_cache, sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))))
+    return {name: size for name, size in found.items() if size}
+
+
+def _cache(folder: Path) -> tuple[str, int]:
+    """("L2", bytes); 0 bytes where a virtual machine hides it."""
+    try:
+        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
+        return f"L{level}{'' if kind == 'Unified' else kind[0].lower()}", int(size.rstrip("KMG")) * factor
+    except (OSError, ValueError):
+        return folder.name, 0
 
 
 def memory_bytes() -> int | None:
@@ -139,11 +142,10 @@ def _cpuinfo() -> dict[str, str]:
 def describe(found: dict[str, Any]) -> str:
     """One line for a table's caption."""
     where = found.get("gpu") or f"{found.get('processor', '?')}, {found.get('cores', '?')} cores"
-    special = [
-        name for name in found.get("flags", ()) if name.startswith(("avx512f", "avx512_bf16", "amx_bf16", "sve"))
-    ]
     if "gpu" not in found:
-        where += f" ({', '.join(special) or 'AVX2' if 'avx2' in found.get('flags', ()) else 'no AVX2'})"
+        flags = found.get("flags", ())
+        special = [name for name in flags if name.startswith(("avx512f", "avx512_bf16", "amx_bf16", "sve"))]
+        where += f" ({', '.join(special) or ('avx2' if 'avx2' in flags else 'no avx2')})"
     versions = f"torch {found.get('torch', '?')}, Python {found.get('python', '?')}"
     return f"{where}; {versions}; commit {found.get('commit', '?')}; {found.get('time', '?')}"
 
