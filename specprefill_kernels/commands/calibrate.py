@@ -19,9 +19,10 @@ from specprefill_kernels.commands.shared import (
     Settings,
     Threads,
     new_console,
-    parse_settings,
     plain_errors,
+    require_writable,
     set_threads,
+    settings_for_several_budgets,
 )
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def calibrate(
 
         models.check_name(speculator)
         names = room.CALIBRATION_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
-        config = SpecPrefillConfig.preset(preset)
-        config = config.replace(**parse_settings(settings))
+        require_writable("--output", output, makes_folders=True)
+        config = SpecPrefillConfig.preset(preset).replace(**settings_for_several_budgets(settings))
         set_threads(threads)
         progress = RichProgress(errors)
         with progress.task(f"Loading {speculator}"):

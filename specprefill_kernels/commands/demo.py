@@ -22,6 +22,7 @@ from specprefill_kernels.commands.shared import (
     make_config,
     new_console,
     plain_errors,
+    require_writable,
     set_threads,
 )
 
@@ -64,6 +65,8 @@ def demo(
 
         if document is not None and question is None:
             raise ValueError("--question: expected one beside --document, got none")
+        require_writable("--output", output, makes_folders=True)
+        require_writable("--picture", picture)
         if picture is not None:
             pictures.require()
         config = make_config(preset, keep_ratio, settings=settings)

@@ -25,9 +25,10 @@ from specprefill_kernels.commands.shared import (
     load_pair,
     new_console,
     parse_layers,
-    parse_settings,
     plain_errors,
+    require_writable,
     set_threads,
+    settings_for_several_budgets,
 )
 
 if TYPE_CHECKING:
@@ -106,13 +107,15 @@ def evaluate(
     """Scores answers from kept tokens against the full prompt and against as many random, last or outer tokens."""
     console, errors = new_console(), new_console(stderr=True)
     with plain_errors():
+        from specprefill_kernels.config import SpecPrefillConfig
         from specprefill_kernels.demo.measure import machine
         from specprefill_kernels.quality import claims, runner
         from specprefill_kernels.quality.methods import METHODS
         from specprefill_kernels.quality.records import RecordFile
         from specprefill_kernels.quality.summary import summarize
 
-        config = _config(preset, settings)
+        require_writable("--output", output / "records.jsonl", makes_folders=True)
+        config = SpecPrefillConfig.preset(preset).replace(**settings_for_several_budgets(settings))
         count = prompts or (SHORT_PROMPTS if short else PROMPTS)
         length = tokens or TOKENS
         names = _names(
@@ -173,16 +176,6 @@ def evaluate(
                 raise RuntimeError(" ".join(broken))
             shares = " and ".join(f"{ratio:.0%}" for ratio in ratios)
             console.print(f"Kept {shares}: within the noise of the full prompt, and far ahead of random chunks.")
-
-
-def _config(preset: str, settings: Sequence[str] | None) -> Any:
-    from specprefill_kernels.config import SpecPrefillConfig
-
-    for setting in settings or ():
-        if setting.strip().startswith("keep_"):
-            raise ValueError(f"--set: expected --keep-ratio for the budgets to compare, got {setting!r}")
-    config = SpecPrefillConfig.preset(preset)
-    return config.replace(**parse_settings(settings))
 
 
 def _known_tasks() -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
@@ -28,6 +29,7 @@ from specprefill_kernels.commands.shared import (
     new_console,
     plain_errors,
     read_prompt_file,
+    require_writable,
 )
 
 
@@ -43,6 +45,14 @@ def generate(
     settings: Settings = None,
     protect: Protect = None,
     self_layers: SelfLayers = None,
+    costs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="Read the whole prompt where marking it would cost more time than it saves, by measured costs: those "
+            "in the file, if they are of these models and settings; else they are measured first (10 s) and saved.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     raw: Raw = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON, not the text as it comes.")] = False,
@@ -53,7 +63,8 @@ def generate(
     errors = new_console(stderr=True)
     with plain_errors():
         config = make_config(preset, keep_ratio, keep_tokens, keep_mass, settings)
-        loop, tokenizer = make_loop(base, speculator, config, self_layers, device, threads, errors)
+        require_writable("--costs", costs)
+        loop, tokenizer = make_loop(base, speculator, config, self_layers, device, threads, errors, costs)
         stream = loop.stream(
             read_prompt_file(prompt_file, question, raw, tokenizer), protect=protect, max_new_tokens=max_new_tokens
         )

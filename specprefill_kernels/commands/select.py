@@ -33,6 +33,7 @@ from specprefill_kernels.commands.shared import (
     new_console,
     plain_errors,
     read_prompt_file,
+    require_writable,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def select(
         from specprefill_kernels.report import page as pages
         from specprefill_kernels.report import picture as pictures
 
+        for option, file in (("--output", output), ("--page", page), ("--picture", picture)):
+            require_writable(option, file)
         if picture is not None:
             pictures.require()
         config = make_config(preset, keep_ratio, keep_tokens, keep_mass, settings)

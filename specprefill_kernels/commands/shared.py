@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,38 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     return values
 
 
+def settings_for_several_budgets(settings: Sequence[str] | None) -> dict[str, Any]:
+    """`parse_settings` for a command that tries the budgets of its own --keep-ratio."""
+    for setting in settings or ():
+        if setting.strip().startswith("keep_"):
+            raise ValueError(f"--set: expected --keep-ratio for the budgets to compare, got {setting!r}")
+    return parse_settings(settings)
+
+
+def require_writable(option: str, file: Path | None, *, makes_folders: bool = False) -> None:
+    """Refuse, before the long work, a file that could not be written after it.
+
+    Args:
+        makes_folders: the command makes the folders that are missing.
+    """
+    if file is None:
+        return
+    folder, got = file.absolute().parent, None
+    while makes_folders and not folder.exists():
+        folder = folder.parent
+    if file.is_dir():
+        got = "a folder"
+    elif file.exists():
+        got = None if os.access(file, os.W_OK) else "one that must not be written"
+    elif not folder.is_dir():
+        got = "a file" if folder.exists() else "no such folder"
+        got = f"{got}: {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        got = f"a folder that must not be written: {folder}"
+    if got is not None:
+        raise ValueError(f"{option}: expected a file that can be written, got {str(file)!r}, {got}")
+
+
 def set_threads(threads: int | None) -> None:
     import torch
 
@@ -140,19 +173,25 @@ def make_loop(
     device: str,
     threads: int | None,
     errors: Console,
+    costs: Path | None = None,
 ) -> tuple[Any, Any]:
+    """(the loop, the base's tokenizer). Costs come from the file `costs`, or are measured and saved there."""
+    from specprefill_kernels.commands.costs import load_or_measure
     from specprefill_kernels.loop import SpecPrefill
     from specprefill_kernels.models import RichProgress
 
     layers = parse_layers(self_layers)
     set_threads(threads)
     progress = RichProgress(errors)
-    if layers is not None:
-        side, _ = load_pair(base, base, device, progress)
-        return SpecPrefill(side.model, None, config, tokenizer=side.tokenizer, self_layers=layers), side.tokenizer
-    one, other = load_pair(base, speculator, device, progress)
-    loop = SpecPrefill(one.model, other.model, config, tokenizer=one.tokenizer, speculator_tokenizer=other.tokenizer)
-    return loop, one.tokenizer
+    one, other = load_pair(base, base if layers is not None else speculator, device, progress)
+    options: dict[str, Any] = {"tokenizer": one.tokenizer}
+    if layers is None:
+        options["speculator_tokenizer"] = other.tokenizer
+    else:
+        options["self_layers"] = layers
+    scorer = other.model if layers is None else None
+    measured = None if costs is None else load_or_measure(costs, one.model, scorer, config, progress, **options)
+    return SpecPrefill(one.model, scorer, config, costs=measured, **options), one.tokenizer
 
 
 def parse_layers(text: str | None) -> tuple[int, int] | None:
