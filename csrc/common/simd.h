@@ -17,21 +17,21 @@
 #include "specprefill.h"
 
 #define SPECPREFILL_INLINE static inline __attribute__((always_inline))
+#define SPECPREFILL_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace specprefill {
 namespace SPECPREFILL_ISA {
 
-// kLanes: fp32 per vector. A tile of the product is kRows query rows by kVectors vectors of keys, held in registers:
-// 24 accumulators of 32 registers (AVX-512, NEON), 12 of 16 (AVX2), 8 of 16 where a product needs a register too
-// (SSE2).
+// kLanes: fp32 per vector. kSums: accumulators of a product, held in registers: 24 of 32 registers (AVX-512, NEON), 12
+// of 16 (AVX2), 8 of 16 where a product needs a register too (SSE2).
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8, kVectors = 3;
+constexpr int kLanes = 16, kSums = 24;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4, kVectors = 3;
+constexpr int kLanes = 8, kSums = 12;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kRows = 8, kVectors = 3;
+constexpr int kLanes = 4, kSums = 24;
 #else
-constexpr int kLanes = 4, kRows = 4, kVectors = 2;
+constexpr int kLanes = 4, kSums = 8;
 #endif
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));

@@ -1,11 +1,11 @@
 // The score on the CPU: which work there is, in which order, on which memory. The arithmetic is in cpu_simd.cpp.
 //
-// An item is one (layer, sequence, KV head): the look-ahead rows of all query heads that share its keys. Items run in
-// waves that fit the scratch memory. In a wave, threads first turn tiles of keys into weights (each key read once),
-// then each row's denominator is put together in tile order, then threads pool tiles of positions over all items of the
-// wave and fold them into the state. Every element is computed by the same instructions wherever it lies and whoever
-// runs it, and a maximum has no order: so results are the same bit for bit for any number of threads, batch or scratch
-// memory.
+// An item is one (layer, sequence, KV head): the look-ahead rows of all query heads that share its keys, laid side by
+// side in vectors (lanes.h). Items run in waves that fit the scratch memory. In a wave, threads first turn tiles of
+// keys into weights (each key read once), then each row's denominator is put together in tile order, then threads pool
+// tiles of positions over all items of the wave and fold them into the state. Every element is computed by the same
+// instructions wherever it lies and whoever runs it, and a maximum has no order: so results are the same bit for bit
+// for any number of threads, batch or scratch memory.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -22,12 +22,12 @@
 #include "common/status.h"
 #include "score/check.h"
 #include "score/cpu_kernels.h"
+#include "score/lanes.h"
 
 namespace specprefill {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kPadding = 16;  // floats: the widest vector
 // Weights that a wave should hold: enough tiles for the threads to share out, few enough to stay near the cores.
 constexpr size_t kWaveBytes = size_t{4} << 20;
 constexpr size_t kMaxItems = 256;  // that a fold walks through at most, for each position tile and row
@@ -36,31 +36,27 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct Item {
   int64_t layer, b, head;
-  int64_t rows, group;        // look-ahead rows; query heads that share this KV head
+  int64_t group;              // query heads that share this KV head
+  RowLanes lanes;             // of its query rows
   int64_t length, readable;   // prompt tokens; tokens with keys that are read
   int64_t tiles, first_tile;  // first_tile: position among all tiles of the wave
-  int64_t stride, stats_stride;
   KeySource keys;
-  float *query, *weights, *maxima, *sums, *lse;
-  int64_t *begin, *end;
-
-  int64_t num_rows() const { return rows * group; }
+  float *query, *weights, *maxima, *sums, *lse, *present;
+  int32_t *begin, *end;
 };
 
 // Memory of an item, in the order in which it is used. With a counting arena the pointers are null.
 void place(Item& item, int64_t head_dim, bool has_lse, Arena& arena) {
-  const int64_t rows = round_up(item.num_rows(), score_kernels().block_rows);
+  const int64_t rows = item.lanes.size();
   item.tiles = (item.readable + kTile - 1) / kTile;
-  // A stride that is no multiple of 4 KiB: else the rows of a block would compete for the same cache sets.
-  item.stride = item.tiles * kTile + kPadding;
-  item.stats_stride = round_up(item.tiles, kPadding);
   item.query = arena.take<float>(rows, head_dim);
-  item.maxima = arena.take<float>(item.num_rows(), item.stats_stride);
-  item.sums = arena.take<float>(item.num_rows(), item.stats_stride);
-  item.lse = has_lse ? arena.take<float>(item.num_rows()) : nullptr;
-  item.begin = arena.take<int64_t>(item.num_rows());
-  item.end = arena.take<int64_t>(item.num_rows());
-  item.weights = arena.take<float>(item.num_rows(), item.stride);
+  item.present = arena.take<float>(rows);
+  item.begin = arena.take<int32_t>(rows);
+  item.end = arena.take<int32_t>(rows);
+  item.lse = has_lse ? arena.take<float>(rows) : nullptr;
+  item.maxima = arena.take<float>(rows, item.tiles);
+  item.sums = arena.take<float>(rows, item.tiles);
+  item.weights = arena.take<float>(rows, item.tiles * kTile);
 }
 
 // Windows of 2 * length - 1 tokens and more hold the whole prompt wherever they are centred: their sums are one sum.
@@ -70,11 +66,13 @@ int64_t pool_width(int64_t pool_kernel_size, int64_t length) { return std::min(p
 struct Scratch {
   float *panel, *window, *sums, *best;
 
-  Scratch(int64_t head_dim, int64_t pool_width, Arena& arena)
-      : panel(arena.take<float>(head_dim, score_kernels().panel_keys)),
-        window(arena.take<float>(kTile + pool_width + 2 * kPadding)),
-        sums(arena.take<float>(kTile + kPadding)),
-        best(arena.take<float>(kTile + kPadding)) {}
+  Scratch(int64_t head_dim, int64_t pool_width, int64_t blocks, Arena& arena)
+      : panel(arena.take<float>(round_up(head_dim, lanes()), score_kernels().panel_keys)),
+        window(arena.take<float>(kTile + pool_width + 1, lanes())),
+        sums(arena.take<float>(kTile, lanes())),
+        best(arena.take<float>(kTile, blocks * lanes())) {}
+
+  static int64_t lanes() { return score_kernels().lanes; }
 };
 
 class Scorer {
@@ -85,6 +83,9 @@ class Scorer {
         num_threads_(clamp_threads(num_threads)),
         pool_width_(pool_width(args.pool_kernel_size, args.max_len)) {
     for (int64_t i = 0; i < num_layers; ++i) head_dim_ = std::max(head_dim_, layers[i].head_dim);
+    for (int64_t b = 0; b < args.batch; ++b) {
+      blocks_ = std::max(blocks_, RowLanes(score_kernels().lanes, rows_of(args, b), 1).blocks);
+    }
     for (int64_t i = 0; i < num_layers; ++i) {
       for (int64_t b = 0; b < args.batch; ++b) {
         for (int64_t head = 0; head < layers[i].num_kv_heads; ++head) items_.push_back(make_item(i, b, head));
@@ -102,13 +103,13 @@ class Scorer {
       all += count.used();
     }
     Arena count;
-    for (int i = 0; i < num_threads_; ++i) Scratch(head_dim_, pool_width_, count);
+    for (int i = 0; i < num_threads_; ++i) Scratch(head_dim_, pool_width_, blocks_, count);
     *least = count.used() + largest + Arena::kAlign;
     *best = count.used() + std::max(largest, std::min(all, kWaveBytes)) + Arena::kAlign;
   }
 
   int run(Arena arena) {
-    for (int i = 0; i < num_threads_; ++i) scratch_.emplace_back(head_dim_, pool_width_, arena);
+    for (int i = 0; i < num_threads_; ++i) scratch_.emplace_back(head_dim_, pool_width_, blocks_, arena);
     const size_t start = arena.used();
     for (size_t first = 0; first < items_.size();) {
       arena.rewind(start);
@@ -138,7 +139,8 @@ class Scorer {
     const int64_t bytes = item_bytes(layer.key_dtype);
     Item item{};
     item.layer = index, item.b = b, item.head = head;
-    item.rows = rows_of(args_, b), item.group = layer.num_q_heads / layer.num_kv_heads;
+    item.group = layer.num_q_heads / layer.num_kv_heads;
+    item.lanes = RowLanes(score_kernels().lanes, rows_of(args_, b), item.group);
     item.length = prompt_length(args_, b), item.readable = readable_length(args_, b);
     int64_t offset = head * layer.key_stride_head;
     if (args_.layout == SPECPREFILL_DENSE) offset += b * layer.key_stride_row;
@@ -151,7 +153,8 @@ class Scorer {
                  layer.key_tokens,
                  layer.key_stride_row * bytes,
                  layer.key_dtype,
-                 layer.head_dim};
+                 layer.head_dim,
+                 item.readable};
     return item;
   }
 
@@ -168,48 +171,47 @@ class Scorer {
     return SPECPREFILL_OK;
   }
 
-  // Packs an item's queries, and what each of its rows sees. Row m is look-ahead row m % rows of head m / rows.
+  // Packs an item's queries, and what each of its rows sees.
   void prepare(Item& item) {
     const specprefill_layer& layer = this->layer(item);
-    const int64_t block = score_kernels().block_rows, bytes = item_bytes(layer.query_dtype);
+    const int64_t size = item.lanes.size(), bytes = item_bytes(layer.query_dtype);
     const float key_scale = layer.key_scale ? layer.key_scale[item.head * layer.key_scale_stride] : 1.0f;
     // Products come out as exponents of 2, or, with a soft cap, as the argument of its tanh.
     const double unit = args_.softcap != 0 ? 1.0 / args_.softcap : kLog2E;
     const float factor = static_cast<float>(static_cast<double>(layer.scale) * key_scale * unit);
-    std::fill_n(item.query, round_up(item.num_rows(), block) * layer.head_dim, 0.0f);
-    for (int64_t m = 0; m < item.num_rows(); ++m) {
-      float* out = item.query + m / block * block * layer.head_dim + m % block;
-      const int64_t n = m % item.rows, head = item.head * item.group + m / item.rows;
+    std::fill_n(item.query, size * layer.head_dim, 0.0f);
+    std::fill_n(item.present, size, 0.0f);
+    // Lanes without a row see everything: a tile that every row sees whole needs no mask.
+    std::fill_n(item.begin, size, 0);
+    std::fill_n(item.end, size, static_cast<int32_t>(item.readable));
+    if (item.lse) std::fill_n(item.lse, size, 0.0f);
+    for (int64_t m = 0; m < item.group * item.lanes.rows; ++m) {
+      const int64_t n = m % item.lanes.rows, head = item.head * item.group + m / item.lanes.rows;
+      const int64_t at = item.lanes.at(m / item.lanes.rows, n);
       const char* q =
           static_cast<const char*>(layer.query) +
           (item.b * layer.query_stride_batch + n * layer.query_stride_row + head * layer.query_stride_head) * bytes;
       for (int64_t d = 0; d < layer.head_dim; ++d) {
-        out[d * block] = to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) * factor;
+        item.query[d * size + at] = to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) * factor;
       }
-    }
-    for (int64_t m = 0; m < item.num_rows(); ++m) {
-      const int64_t n = m % item.rows, head = item.head * item.group + m / item.rows;
+      item.present[at] = 1.0f;
       const bool look_ahead = args_.queries == SPECPREFILL_LOOK_AHEAD;
-      const int64_t position = look_ahead ? item.length - 1 + n : item.length - item.rows + n;
-      item.end[m] = std::min(position + 1, item.readable);
-      item.begin[m] = layer.window ? std::max<int64_t>(position - layer.window + 1, 0) : 0;
+      const int64_t position = look_ahead ? item.length - 1 + n : item.length - item.lanes.rows + n;
+      item.end[at] = static_cast<int32_t>(std::min(position + 1, item.readable));
+      item.begin[at] = layer.window ? static_cast<int32_t>(std::max<int64_t>(position - layer.window + 1, 0)) : 0;
       if (item.lse) {
         const float lse =
             layer.lse[item.b * layer.lse_stride_batch + n * layer.lse_stride_row + head * layer.lse_stride_head];
-        item.lse[m] = static_cast<float>(lse * kLog2E);
-      }
-      for (int64_t i = item.tiles; i < item.stats_stride; ++i) {
-        item.maxima[m * item.stats_stride + i] = -std::numeric_limits<float>::infinity();
-        item.sums[m * item.stats_stride + i] = 0;
+        item.lse[at] = static_cast<float>(lse * kLog2E);
       }
     }
   }
 
   ScoreTile tile_of(const Item& item, int64_t index, float* panel) const {
-    const int64_t first = index * kTile;
+    const int64_t first = index * kTile, stats = index * item.lanes.size();
     return {item.keys,
             item.query,
-            item.num_rows(),
+            item.lanes.vectors,
             first,
             std::min(kTile, item.readable - first),
             item.begin,
@@ -217,70 +219,59 @@ class Scorer {
             item.lse,
             static_cast<float>(args_.softcap * kLog2E),
             item.weights,
-            item.stride,
-            item.maxima,
-            item.sums,
-            item.stats_stride,
+            item.maxima + stats,
+            item.sums + stats,
             panel};
   }
 
   int normalize(Item& item) const {
-    for (int64_t m = 0; m < item.num_rows(); ++m) {
-      float* maxima = item.maxima + m * item.stats_stride;
-      const float* sums = item.sums + m * item.stats_stride;
-      bool finite = true;
-      if (item.lse) {
-        for (int64_t i = 0; i < item.tiles; ++i) finite &= std::isfinite(sums[i]);
-        std::fill_n(maxima, item.tiles, 1.0f);
-      } else {
-        finite = score_kernels().combine(maxima, sums, item.stats_stride);
-      }
-      if (!finite) {
-        return fail(
-            SPECPREFILL_NOT_FINITE,
-            "%s of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, query head %lld, "
-            "look-ahead row %lld)",
-            item.lse ? "lse, query or key" : "query or key", static_cast<long long>(item.b),
-            static_cast<long long>(item.layer), static_cast<long long>(item.head * item.group + m / item.rows),
-            static_cast<long long>(m % item.rows));
-      }
-    }
-    return SPECPREFILL_OK;
+    const int64_t bad = score_kernels().combine(item.maxima, item.sums, item.tiles, item.lanes.vectors, item.present,
+                                                item.lse != nullptr);
+    if (bad < 0) return SPECPREFILL_OK;
+    int64_t m = 0;
+    while (item.lanes.at(m / item.lanes.rows, m % item.lanes.rows) != bad) ++m;
+    return fail(SPECPREFILL_NOT_FINITE,
+                "%s of sequence %lld: expected finite attention weights, got NaN or Inf (layer %lld, query head %lld, "
+                "look-ahead row %lld)",
+                item.lse ? "lse, query or key" : "query or key", static_cast<long long>(item.b),
+                static_cast<long long>(item.layer),
+                static_cast<long long>(item.head * item.group + m / item.lanes.rows),
+                static_cast<long long>(m % item.lanes.rows));
   }
 
   void fold(const Item* first, const Item* last) {
     const int64_t tiles = (args_.max_len + kTile - 1) / kTile;
     parallel_for(args_.batch * tiles, num_threads_, [&](int64_t task, int worker) {
-      const int64_t b = task / tiles, start = task % tiles * kTile;
-      const int64_t length = prompt_length(args_, b);
-      if (start >= length) return;
-      const bool any = std::any_of(first, last, [b](const Item& item) { return item.b == b; });
-      for (int64_t n = 0; any && n < rows_of(args_, b); ++n) {
-        fold_row(first, last, b, n, start, std::min(kTile, length - start), scratch_[worker]);
-      }
+      const int64_t b = task / tiles, start = task % tiles * kTile, length = prompt_length(args_, b);
+      if (start < length) fold_tile(first, last, b, start, std::min(kTile, length - start), scratch_[worker]);
     });
   }
 
-  // The maximum over the wave's heads and layers at look-ahead row n, pooled, into the state.
-  void fold_row(const Item* first, const Item* last, int64_t b, int64_t n, int64_t start, int64_t count,
-                Scratch& scratch) {
+  // The maximum over the wave's heads and layers, pooled, into the state.
+  void fold_tile(const Item* first, const Item* last, int64_t b, int64_t start, int64_t count, Scratch& scratch) {
     const int64_t length = prompt_length(args_, b);
     // By this prompt's length, not the batch's: the order of additions must be the one it has alone.
     const int64_t width = pool_width(args_.pool_kernel_size, length);
-    std::fill_n(scratch.best, kTile + kPadding, 0.0f);
+    const RowLanes lanes(score_kernels().lanes, rows_of(args_, b), 1);
+    const int64_t stride = lanes.blocks * lanes.lanes;
+    bool any = false;
     for (const Item* item = first; item != last; ++item) {
       if (item->b != b) continue;
-      for (int64_t m = n; m < item->num_rows(); m += item->rows) {
-        score_kernels().pool_max({item->weights + m * item->stride, item->maxima + m * item->stats_stride, length,
-                                  start, count, width, scratch.window, scratch.sums},
-                                 scratch.best);
+      if (!any) std::fill_n(scratch.best, count * stride, 0.0f);
+      any = true;
+      for (int64_t v = 0; v < item->lanes.vectors; ++v) {
+        const int64_t at = v * lanes.lanes;
+        score_kernels().pool_max({item->weights + at, item->maxima + at, item->lanes.size(), length, start, count,
+                                  width, scratch.window, scratch.sums},
+                                 scratch.best + v % lanes.blocks * lanes.lanes, stride);
       }
     }
-    float* state =
-        args_.state + b * args_.state_stride_batch + (args_.state_rows == 1 ? 0 : n) * args_.state_stride_row + start;
+    if (!any) return;
     const bool valid_edge = args_.pool_edge == SPECPREFILL_POOL_VALID;
-    score_kernels().fold(scratch.best, state, start, count, length, width,
-                         valid_edge ? 0.0f : static_cast<float>(args_.pool_kernel_size));
+    score_kernels().fold(
+        {args_.state + b * args_.state_stride_batch, args_.state_rows == 1 ? 0 : args_.state_stride_row, lanes.rows,
+         lanes.padded, length, start, count, width, valid_edge ? 0.0f : static_cast<float>(args_.pool_kernel_size)},
+        scratch.best);
   }
 
   const specprefill_score& args_;
@@ -288,6 +279,7 @@ class Scorer {
   int num_threads_;
   int64_t pool_width_;
   int64_t head_dim_ = 1;
+  int64_t blocks_ = 1;  // vectors that a head's rows take, at most
   std::vector<Item> items_;
   std::vector<Scratch> scratch_;
 };
@@ -340,12 +332,12 @@ size_t specprefill_score_workspace_size(int64_t look_ahead, int64_t group, int64
     SPECPREFILL_REQUIRE(pool_kernel_size >= 1, "pool_kernel_size: expected at least 1, got %lld",
                         static_cast<long long>(pool_kernel_size));
     Item item{};
-    item.rows = look_ahead, item.group = group;
+    item.lanes = RowLanes(score_kernels().lanes, look_ahead, group);
     item.readable = max_len + look_ahead - 1;
     Arena count;
     place(item, head_dim, true, count);
     for (int i = 0; i < clamp_threads(num_threads); ++i)
-      Scratch(head_dim, pool_width(pool_kernel_size, max_len), count);
+      Scratch(head_dim, pool_width(pool_kernel_size, max_len), item.lanes.blocks, count);
     bytes = count.used() + Arena::kAlign;
     return static_cast<int>(SPECPREFILL_OK);
   });

@@ -1,4 +1,5 @@
-// What the portable part of the score (cpu.cpp) asks of the code built per instruction set (cpu_simd.cpp).
+// What the portable part of the score (cpu.cpp) asks of the code built per instruction set (cpu_simd.cpp,
+// pool_simd.cpp).
 #pragma once
 
 #include <stddef.h>
@@ -6,8 +7,8 @@
 
 namespace specprefill {
 
-// Tokens per tile: a multiple of every instruction set's panel (48, 24, 12, 8 keys). The fp32 products of a tile, 32
-// rows say, are 48 KiB and stay in L2 between the product and the exponentials.
+// Tokens per tile: a multiple of every instruction set's panel (24, 24, 12, 8 keys). The weights of a tile, 32 rows
+// say, are 48 KiB and stay in L2 between the product and the exponentials.
 constexpr int64_t kTile = 384;
 
 // The keys of one sequence and one KV head, wherever they lie.
@@ -19,54 +20,64 @@ struct KeySource {
   int64_t block_size, block_bytes;
   int32_t dtype;
   int64_t head_dim;
+  int64_t tokens;  // that may be read
 };
 
-// One tile of one KV head: all query rows that share it, against up to kTile keys.
+// One tile of one KV head: all query rows that share it, against up to kTile keys. Rows lie in `vectors` vectors of
+// `lanes` lanes, see lanes.h; arrays [..., row] below have vectors * lanes elements in their last dimension.
 struct ScoreTile {
   KeySource keys;
-  const float* query;  // packed [row block][dim][row in block], scaled so that products are exponents of 2
-  int64_t num_rows;
-  int64_t first, count;  // tokens [first, first + count)
-  const int64_t* begin;  // [num_rows] each row sees tokens [begin, end)
-  const int64_t* end;
-  const float* lse;  // [num_rows] in powers of 2, or nullptr
-  float softcap;     // in powers of 2; 0: none
-  float* weights;    // row 0, token 0; kTile-padded; becomes 2^(score - maximum of the tile, or lse)
-  int64_t stride;    // between rows of weights
-  float* maxima;     // [num_rows x stats_stride], at this tile; lse instead, when it is given
-  float* sums;
-  int64_t stats_stride;
-  float* panel;  // scratch of head_dim * panel_keys floats
+  const float* query;  // [head_dim, row], scaled so that products are exponents of 2; zeros where no row lies
+  int64_t vectors;
+  int64_t first, count;        // tokens [first, first + count)
+  const int32_t *begin, *end;  // [row] each sees tokens [begin, end)
+  const float* lse;            // [row], in exponents of 2; nullptr: not given
+  float softcap;               // in exponents of 2; 0: none; otherwise the query is scaled to give tanh's argument
+  float* weights;              // [token, row]; whole tiles; becomes 2^(score - maximum of the tile, or lse)
+  float *maxima, *sums;        // [row], of this tile; lse instead of the maxima, when it is given
+  float* panel;                // scratch of panel_keys * head_dim floats, head_dim rounded up to `lanes`
 };
 
-// One query row's weights around a tile, ready to be pooled.
-struct PoolRow {
-  const float* weights;  // token 0
-  const float* factors;  // one per tile: turns the tile's weights into probabilities
+// One vector of rows around a tile, ready to be pooled.
+struct PoolRows {
+  const float* weights;  // of token 0
+  const float* factors;  // of tile 0: turn a tile's weights into probabilities
+  int64_t stride;        // floats from token to token of the weights, and from tile to tile of the factors
   int64_t length;        // tokens of the prompt
   int64_t first, count;  // tokens wanted
   int64_t width;         // odd
-  float* window;         // scratch of kTile + width + 2 * 16 floats
-  float* sums;           // scratch of kTile + 16 floats
+  float* window;         // scratch of (kTile + width + 1) * lanes floats
+  float* sums;           // scratch of kTile * lanes floats
+};
+
+// The state's rows of one sequence around a tile.
+struct StateRows {
+  float* state;          // row 0, token 0
+  int64_t stride;        // from row to row; 0: all rows go to one
+  int64_t rows, padded;  // of a head, see lanes.h
+  int64_t length;        // tokens of the prompt
+  int64_t first, count;  // tokens of the tile
+  int64_t width;         // of the window
+  float divisor;         // of its sums; 0: the part of the window that lies in the prompt
 };
 
 struct ScoreKernels {
   const char* name;
-  int64_t block_rows;  // the packed query is padded to a multiple of this
+  int64_t lanes;
   int64_t panel_keys;
 
   void (*score_tile)(const ScoreTile& tile);
 
-  // Turns a row's maxima and sums over its tiles (padded to 16 with -Inf and 0) into factors, in place of the maxima.
-  // A row whose maximum is -Inf gets zeros. False when the row is not finite.
-  bool (*combine)(float* maxima, const float* sums, int64_t num_tiles);
+  // Turns the maxima of `tiles` tiles, [tile, row], into factors, in place: with them, weights become probabilities.
+  // Rows whose maximum is -Inf, and those where `present` is 0, get zeros; with `lse`, the others ones. Returns the
+  // first row that is not finite, or -1.
+  int64_t (*combine)(float* maxima, const float* sums, int64_t tiles, int64_t vectors, const float* present, bool lse);
 
-  // best[i] = max(best[i], sum of the window centred on token first + i).
-  void (*pool_max)(const PoolRow& row, float* best);
+  // best[i * stride ...] = max(itself, sum of the window centred on token first + i).
+  void (*pool_max)(const PoolRows& rows, float* best, int64_t stride);
 
-  // state[i] = max(state[i], best[i] / divisor); divisor 0: the part of the window that lies in the prompt.
-  void (*fold)(const float* best, float* state, int64_t first, int64_t count, int64_t length, int64_t width,
-               float divisor);
+  // state = max(state, best / divisor); best is [token, lane of padded rows], and is destroyed.
+  void (*fold)(const StateRows& rows, float* best);
 
   void (*exp2)(const float* x, float* y, int64_t count);  // for tests of its error bound; count a multiple of 16
 };

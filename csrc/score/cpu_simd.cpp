@@ -1,7 +1,8 @@
-// The arithmetic of the score, built once per instruction set. Bytes: each key is read once, converted and transposed
-// into a panel that stays in L1; the weights of one KV head go once to memory and back (kTile at a time, so L2 serves
-// it for short prompts). Operations: 2 * rows * tokens * head_dim of the product; exponentials and pooling take 20 to
-// 40 % of the time at head_dim 64, less at 128.
+// Products and exponentials of the score, built once per instruction set.
+//
+// Bytes: each key is read once, in order, and widened to fp32 into a panel that stays in L1; the weights of one KV head
+// go once to memory and back. Operations: 2 * rows * tokens * head_dim of the product, as multiply-adds of a vector of
+// rows by one element of a key; an exponential per row and token costs as much as some 20 of them.
 
 // GCC's own AVX-512 header starts from an undefined register, and GCC warns of it.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -11,23 +12,29 @@
 
 #include "common/simd.h"
 #include "score/cpu_kernels.h"
+#include "score/pool_simd.h"
 
 namespace specprefill {
 namespace SPECPREFILL_ISA {
 
-constexpr int kPanel = kLanes * kVectors;
+constexpr int kPanel = kSums;  // keys that are widened at a time
 static_assert(kTile % kPanel == 0, "a tile is whole panels");
 
 SPECPREFILL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SPECPREFILL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-SPECPREFILL_INLINE bool finite(float x) { return x - x == 0.0f; }
 
-// ---- keys: kLanes tokens become kLanes columns of a panel ----
+// ---- keys: a panel is [head_dim / kLanes, kPanel, kLanes] floats ----
 
 SPECPREFILL_INLINE const char* token_address(const KeySource& keys, int64_t t) {
   if (!keys.block_table) return keys.base + t * keys.token_bytes;
   const int64_t block = keys.block_table[t / keys.block_size];
   return keys.base + block * keys.block_bytes + (t % keys.block_size) * keys.token_bytes;
+}
+
+// Where `count` tokens from `first` on lie; nullptr for those that may not be read.
+static void locate(const KeySource& keys, int64_t first, int64_t count, const char* (&token)[kPanel]) {
+  const int64_t here = smaller(count, keys.tokens - first);
+  for (int64_t i = 0; i < kPanel; ++i) token[i] = i < here ? token_address(keys, first + i) : nullptr;
 }
 
 // Up to kLanes elements from `p` on, the rest zeros; never reads beyond them.
@@ -39,253 +46,256 @@ SPECPREFILL_INLINE vf load_part(const char* p, int64_t count, int64_t dim_bytes)
 }
 
 template <class T>
-static void pack_panel(const KeySource& keys, int64_t first, int64_t count, float* panel) {
-  const int64_t head_dim = keys.head_dim;
-  const bool contiguous = keys.dim_bytes == (int64_t)sizeof(typename T::stored);
-  for (int v = 0; v < kVectors; ++v) {
-    const char* token[kLanes];
-    const int64_t here = smaller(larger(count - v * kLanes, 0), kLanes);
-    for (int64_t i = 0; i < here; ++i) token[i] = token_address(keys, first + v * kLanes + i);
+static void pack_panel(const KeySource& keys, const char* const (&token)[kPanel], float* panel) {
+  constexpr int64_t item = sizeof(typename T::stored);
+  const bool contiguous = keys.dim_bytes == item;
+  const int64_t whole = contiguous ? keys.head_dim / kLanes * kLanes : 0;
+  for (int k = 0; k < kPanel; ++k) {
+    float* out = panel + k * kLanes;
+    if (!token[k]) {
+      for (int64_t d = 0; d < keys.head_dim; d += kLanes, out += kPanel * kLanes) store(out, vf{});
+      continue;
+    }
+    for (int64_t d = 0; d < whole; d += kLanes, out += kPanel * kLanes) store(out, T::load(token[k] + d * item));
+    for (int64_t d = whole; d < keys.head_dim; d += kLanes, out += kPanel * kLanes) {
+      store(out, load_part<T>(token[k] + d * keys.dim_bytes, smaller(keys.head_dim - d, kLanes), keys.dim_bytes));
+    }
+  }
+}
+
+static void pack_panel(const KeySource& keys, const char* const (&token)[kPanel], float* panel) {
+  switch (keys.dtype) {
+    case SPECPREFILL_F32: return pack_panel<F32>(keys, token, panel);
+    case SPECPREFILL_F16: return pack_panel<F16>(keys, token, panel);
+    case SPECPREFILL_BF16: return pack_panel<BF16>(keys, token, panel);
+    case SPECPREFILL_F8_E4M3FN: return pack_panel<F8E4M3FN>(keys, token, panel);
+    default: return pack_panel<F8E5M2>(keys, token, panel);
+  }
+}
+
+// ---- products: kVectors vectors of rows by the keys of a panel, kSums accumulators at a time ----
+
+// `next`: keys of the panel that follows, fetched from memory meanwhile. Returns nothing; best[v] takes the maxima.
+template <int kVectors>
+static void multiply(const float* query, int64_t stride, const float* panel, int64_t head_dim, float* out, float* best,
+                     const char* const* next, int64_t next_bytes) {
+  constexpr int kKeys = kSums / kVectors;
+  static_assert(kPanel % kKeys == 0, "a panel is whole steps");
+  vf top[kVectors];
+  for (int v = 0; v < kVectors; ++v) top[v] = load(best + v * kLanes);
+  for (int first = 0; first < kPanel; first += kKeys) {
+    vf sum[kKeys][kVectors] = {};
+    const float* q = query;
     for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const float* key = panel + (d * kPanel + first * kLanes);
+      if (next) {
+        const int64_t at = d * next_bytes;
+        for (int k = 0; k < kKeys; ++k) __builtin_prefetch((const void*)((uintptr_t)next[first + k] + at));
+      }
       const int64_t dims = smaller(head_dim - d, kLanes);
-      vf rows[kLanes];
-      if (here == kLanes && dims == kLanes && contiguous) {
-        for (int i = 0; i < kLanes; ++i) rows[i] = T::load(token[i] + d * (int64_t)sizeof(typename T::stored));
-      } else {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] = i < here ? load_part<T>(token[i] + d * keys.dim_bytes, dims, keys.dim_bytes) : vf{};
+      for (int64_t i = 0; i < dims; ++i, q += stride) {
+        vf rows[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) rows[v] = load(q + v * kLanes);
+#pragma GCC unroll 24
+        for (int k = 0; k < kKeys; ++k) {
+          const vf element = splat(key[k * kLanes + i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(element, rows[v], sum[k][v]);
         }
       }
-      transpose(rows);
-      for (int64_t i = 0; i < dims; ++i) store(panel + (d + i) * kPanel + v * kLanes, rows[i]);
     }
-  }
-}
-
-static void pack_panel(const KeySource& keys, int64_t first, int64_t count, float* panel) {
-  switch (keys.dtype) {
-    case SPECPREFILL_F32: return pack_panel<F32>(keys, first, count, panel);
-    case SPECPREFILL_F16: return pack_panel<F16>(keys, first, count, panel);
-    case SPECPREFILL_BF16: return pack_panel<BF16>(keys, first, count, panel);
-    case SPECPREFILL_F8_E4M3FN: return pack_panel<F8E4M3FN>(keys, first, count, panel);
-    default: return pack_panel<F8E5M2>(keys, first, count, panel);
-  }
-}
-
-// ---- products: kRows query rows by one panel, accumulated in registers over head_dim ----
-
-static void multiply(const float* query, const float* panel, int64_t head_dim, int64_t rows, float* out,
-                     int64_t stride) {
-  vf sum[kRows][kVectors] = {};
-  for (int64_t d = 0; d < head_dim; ++d) {
-    vf key[kVectors];
-    for (int v = 0; v < kVectors; ++v) key[v] = load(panel + d * kPanel + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const vf q = splat(query[d * kRows + r]);
+#pragma GCC unroll 24
+    for (int k = 0; k < kKeys; ++k) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(q, key[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        store(out + (first + k) * stride + v * kLanes, sum[k][v]);
+        top[v] = max(top[v], sum[k][v]);
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    if (r < rows) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(out + r * stride + v * kLanes, sum[r][v]);
-    }
-  }
+  for (int v = 0; v < kVectors; ++v) store(best + v * kLanes, top[v]);
 }
 
-// ---- exponentials of one row of a tile ----
+// ---- exponentials of kVectors vectors of rows over a tile ----
 
-// Lanes j with low <= i + j < high are kept, the others become `otherwise`.
-SPECPREFILL_INLINE vf keep_within(vf x, int64_t i, int64_t low, int64_t high, vf otherwise) {
-  vi lane;
-  for (int j = 0; j < kLanes; ++j) lane[j] = j;
-  const vi at = lane + (int32_t)i;
-  return ((at >= (int32_t)low) & (at < (int32_t)high)) ? x : otherwise;
+SPECPREFILL_INLINE vi load(const int32_t* p) {
+  vi x;
+  memcpy(&x, p, sizeof x);
+  return x;
 }
 
-constexpr int kUnroll = 4;  // independent maxima and sums, so that one need not wait for another
-static_assert(kTile % (kUnroll * kLanes) == 0, "a tile is whole unrolled steps");
+struct Column {  // the tile's tokens at the first of kVectors vectors of rows
+  const ScoreTile* tile;
+  int64_t at, stride;  // floats: of that vector in a row of all, and of such a row
+  float* x;
+};
 
-SPECPREFILL_INLINE int64_t steps_end(int64_t count) {
-  constexpr int64_t step = kUnroll * kLanes;
-  return (count + step - 1) / step * step;
-}
-
-// The row's scores, soft-capped and masked, back to x; their maximum. NaN passes unseen.
-template <bool kMasked>
-static float maximum_of(float* x, int64_t stop, int64_t low, int64_t high, float softcap) {
+// Soft-capped and masked scores, back to x; their maxima. NaN passes unseen.
+template <int kVectors>
+static void mask(const Column& column, vf (&best)[kVectors]) {
+  const ScoreTile& tile = *column.tile;
   const vf nothing = splat(-__builtin_inff());
-  vf best[kUnroll] = {nothing, nothing, nothing, nothing};
-  for (int64_t i = 0; i < stop; i += kUnroll * kLanes) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      float* p = x + i + u * kLanes;
+  for (int v = 0; v < kVectors; ++v) {
+    const vi begin = load(tile.begin + column.at + v * kLanes), end = load(tile.end + column.at + v * kLanes);
+    vf top = nothing;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      float* p = column.x + i * column.stride + v * kLanes;
       vf s = load(p);
-      if (softcap != 0.0f) s = splat(softcap) * tanh(s);
-      if (kMasked) s = keep_within(s, i + u * kLanes, low, high, nothing);
-      if (kMasked || softcap != 0.0f) store(p, s);
-      best[u] = max(best[u], s);
+      if (tile.softcap != 0.0f) s = splat(tile.softcap) * tanh(s);
+      const vi token = vi{} + (int32_t)(tile.first + i);
+      s = ((token >= begin) & (token < end)) ? s : nothing;
+      top = max(top, s);
+      store(p, s);
     }
+    best[v] = top;
   }
-  return horizontal_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// 2^(x - shift), back to x; their sum.
-template <bool kMasked>
-static float exponentials(float* x, int64_t stop, int64_t low, int64_t high, float shift) {
-  vf sum[kUnroll] = {};
-  for (int64_t i = 0; i < stop; i += kUnroll * kLanes) {
+// 2^(x - shift), back to x; their sums, in four parts so that one addition need not wait for another.
+template <int kVectors, bool kMasked>
+static void exponentials(const Column& column, const vf (&shift)[kVectors], vf (&sums)[kVectors]) {
+  const ScoreTile& tile = *column.tile;
+  vf part[4][kVectors] = {};
+  vi begin[kVectors], end[kVectors];
+  for (int v = 0; kMasked && v < kVectors; ++v) {
+    begin[v] = load(tile.begin + column.at + v * kLanes), end[v] = load(tile.end + column.at + v * kLanes);
+  }
+  for (int64_t i = 0; i < kTile; i += 4) {
+    if (kMasked && i >= tile.count) break;
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      float* p = x + i + u * kLanes;
-      vf e = exp2(load(p) - splat(shift));
-      if (kMasked) e = keep_within(e, i + u * kLanes, low, high, vf{});
-      sum[u] += e;
-      store(p, e);
+    for (int u = 0; u < 4; ++u) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* p = column.x + (i + u) * column.stride + v * kLanes;
+        vf e = exp2(load(p) - shift[v]);
+        if (kMasked) {  // again: -Inf - shift is 0 already, but not where NaN lay or `shift` is Inf
+          const vi token = vi{} + (int32_t)(tile.first + i + u);
+          e = ((token >= begin[v]) & (token < end[v])) ? e : vf{};
+        }
+        part[u][v] += e;
+        store(p, e);
+      }
     }
   }
-  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) sums[v] = (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
-static bool has_nan(const float* x, int64_t low, int64_t high) {
-  for (int64_t i = low; i < high; ++i) {
-    if (x[i] != x[i]) return true;
+template <int kVectors>
+static void exponentiate(const ScoreTile& tile, int64_t vector, bool whole) {
+  const int64_t at = vector * kLanes, stride = tile.vectors * kLanes;
+  const Column column{&tile, at, stride, tile.weights + tile.first * stride + at};
+  vf best[kVectors], shift[kVectors], sums[kVectors];
+  for (int v = 0; v < kVectors; ++v)
+    best[v] = load(tile.maxima + at + v * kLanes);  // of the product, where all is seen
+  if (!whole || tile.softcap != 0.0f) mask<kVectors>(column, best);
+  for (int v = 0; v < kVectors; ++v) {
+    if (tile.lse) best[v] = load(tile.lse + at + v * kLanes);
+    store(tile.maxima + at + v * kLanes, best[v]);
+    // A row that sees nothing, or NaN alone, which then stays NaN.
+    shift[v] = !tile.lse && best[v] == splat(-__builtin_inff()) ? vf{} : best[v];
   }
-  return false;
+  if (whole) {
+    exponentials<kVectors, false>(column, shift, sums);
+  } else {
+    exponentials<kVectors, true>(column, shift, sums);
+  }
+  for (int v = 0; v < kVectors; ++v) store(tile.sums + at + v * kLanes, sums[v]);
 }
 
-static void exponentiate(const ScoreTile& tile, int64_t row, float* x, float* maximum, float* sum) {
-  const int64_t low = larger(tile.begin[row] - tile.first, 0);
-  const int64_t high = smaller(tile.end[row] - tile.first, tile.count);
-  const int64_t stop = steps_end(tile.count);
-  const bool masked = low > 0 || high < stop;
-  float shift = -__builtin_inff();
-  if (low < high && (!tile.lse || tile.softcap != 0.0f)) {
-    shift = masked ? maximum_of<true>(x, stop, low, high, tile.softcap)
-                   : maximum_of<false>(x, stop, low, high, tile.softcap);
-    if (shift == -__builtin_inff() && has_nan(x, low, high)) shift = __builtin_inff();  // so that `combine` sees it
+// ---- a tile ----
+
+// Up to 4 vectors of rows at a time, as alike as can be: 5 are 3 and 2.
+template <class F>
+SPECPREFILL_INLINE void in_groups(int64_t vectors, const F& run) {
+  int64_t groups = (vectors + 3) / 4;
+  for (int64_t first = 0; groups; --groups) {
+    const int64_t count = (vectors - first + groups - 1) / groups;
+    run(first, (int)count);
+    first += count;
   }
-  if (tile.lse) shift = tile.lse[row];
-  *maximum = shift;
-  if (low >= high || (!tile.lse && shift == -__builtin_inff())) {  // sees nothing here
-    for (int64_t i = 0; i < stop; i += kLanes) store(x + i, vf{});
-    *sum = 0;
-    return;
-  }
-  *sum = masked ? exponentials<true>(x, stop, low, high, shift) : exponentials<false>(x, stop, low, high, shift);
+}
+
+static void multiply(const ScoreTile& tile, int64_t i, const char* const* next) {
+  const int64_t stride = tile.vectors * kLanes;
+  float* out = tile.weights + (tile.first + i) * stride;
+  const int64_t bytes = tile.keys.dim_bytes;
+  in_groups(tile.vectors, [&](int64_t vector, int count) {
+    const int64_t at = vector * kLanes;
+    const float* q = tile.query + at;
+    float *o = out + at, *best = tile.maxima + at;
+    switch (count) {
+      case 1: return multiply<1>(q, stride, tile.panel, tile.keys.head_dim, o, best, vector ? nullptr : next, bytes);
+      case 2: return multiply<2>(q, stride, tile.panel, tile.keys.head_dim, o, best, vector ? nullptr : next, bytes);
+      case 3: return multiply<3>(q, stride, tile.panel, tile.keys.head_dim, o, best, vector ? nullptr : next, bytes);
+      default: return multiply<4>(q, stride, tile.panel, tile.keys.head_dim, o, best, vector ? nullptr : next, bytes);
+    }
+  });
 }
 
 static void score_tile(const ScoreTile& tile) {
-  bool seen = false;
-  for (int64_t row = 0; row < tile.num_rows; ++row) {
-    seen |= larger(tile.begin[row], tile.first) < smaller(tile.end[row], tile.first + tile.count);
+  const int64_t stride = tile.vectors * kLanes, last = tile.first + tile.count;
+  bool seen = false, whole = tile.count == kTile;
+  for (int64_t row = 0; row < stride; ++row) {
+    seen |= larger(tile.begin[row], tile.first) < smaller(tile.end[row], last);
+    whole &= tile.begin[row] <= tile.first && tile.end[row] >= last;
+    tile.maxima[row] = -__builtin_inff();
   }
-  float* weights = tile.weights + tile.first;
-  for (int64_t i = 0; seen && i < tile.count; i += kPanel) {  // what lies behind is masked below, whatever it is
-    pack_panel(tile.keys, tile.first + i, smaller(tile.count - i, kPanel), tile.panel);
-    for (int64_t row = 0; row < tile.num_rows; row += kRows) {
-      float* out = weights + row * tile.stride + i;
-      multiply(tile.query + row * tile.keys.head_dim, tile.panel, tile.keys.head_dim, tile.num_rows - row, out,
-               tile.stride);
+  if (!seen) {  // its keys are not touched
+    float* x = tile.weights + tile.first * stride;
+    for (int64_t i = 0; i < tile.count * stride; i += kLanes) store(x + i, vf{});
+    for (int64_t row = 0; row < stride; row += kLanes) {
+      store(tile.sums + row, vf{});
+      if (tile.lse) store(tile.maxima + row, load(tile.lse + row));
+    }
+    return;
+  }
+  const char* tokens[2][kPanel];
+  locate(tile.keys, tile.first, smaller(tile.count, kPanel), tokens[0]);
+  for (int64_t i = 0; i < tile.count; i += kPanel) {  // what lies behind is masked below, whatever it is
+    const char* const(&here)[kPanel] = tokens[i / kPanel % 2];
+    const char*(&next)[kPanel] = tokens[(i / kPanel + 1) % 2];
+    pack_panel(tile.keys, here, tile.panel);
+    locate(tile.keys, tile.first + i + kPanel, smaller(tile.count - i - kPanel, kPanel), next);
+    multiply(tile, i, next);
+  }
+  in_groups(tile.vectors, [&](int64_t vector, int count) {
+    switch (count) {
+      case 1: return exponentiate<1>(tile, vector, whole);
+      case 2: return exponentiate<2>(tile, vector, whole);
+      case 3: return exponentiate<3>(tile, vector, whole);
+      default: return exponentiate<4>(tile, vector, whole);
+    }
+  });
+}
+
+// ---- the softmax's denominator, over the tiles of a vector of rows ----
+
+static int64_t combine(float* maxima, const float* sums, int64_t tiles, int64_t vectors, const float* present,
+                       bool lse) {
+  const vf nothing = splat(-__builtin_inff());
+  const int64_t stride = vectors * kLanes;
+  for (int64_t at = 0; at < stride; at += kLanes) {
+    vf maximum = lse ? vf{} : nothing, total = {};
+    for (int64_t i = 0; !lse && i < tiles; ++i) maximum = max(maximum, load(maxima + i * stride + at));
+    const vi unseen = maximum == nothing;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const vf factor = lse ? splat(1.0f) : exp2(load(maxima + i * stride + at) - (unseen ? vf{} : maximum));
+      total += factor * load(sums + i * stride + at);
+      store(maxima + i * stride + at, factor);
+    }
+    // Inf - Inf and NaN - NaN are not 0. A row without a maximum has a sum of 0, unless it saw NaN.
+    const vi good = (total - total == vf{}) & ((maximum - maximum == vf{}) | (unseen & (total == vf{})));
+    const vf here = load(present + at);
+    const vf factor = unseen ? vf{} : lse ? here : here / total;
+    for (int64_t i = 0; i < tiles; ++i) store(maxima + i * stride + at, load(maxima + i * stride + at) * factor);
+    for (int i = 0; i < kLanes; ++i) {
+      if (!good[i] && here[i] != 0.0f) return at + i;
     }
   }
-  const int64_t index = tile.first / kTile;
-  for (int64_t row = 0; row < tile.num_rows; ++row) {
-    const int64_t at = row * tile.stats_stride + index;
-    exponentiate(tile, row, weights + row * tile.stride, tile.maxima + at, tile.sums + at);
-  }
-}
-
-// ---- the softmax's denominator, over the tiles of a row ----
-
-static bool combine(float* maxima, const float* sums, int64_t num_tiles) {
-  vf best = splat(-__builtin_inff());
-  for (int64_t i = 0; i < num_tiles; i += kLanes) best = max(best, load(maxima + i));
-  const float maximum = horizontal_max(best);
-  vf total = {};
-  const bool nothing = maximum == -__builtin_inff();
-  for (int64_t i = 0; i < num_tiles; i += kLanes) {
-    const vf factor = nothing ? vf{} : exp2(load(maxima + i) - splat(maximum));
-    total += factor * load(sums + i);
-    store(maxima + i, factor);
-  }
-  const float sum = horizontal_sum(total);
-  if (nothing) return sum == 0.0f;
-  if (!finite(sum) || !finite(maximum)) return false;
-  for (int64_t i = 0; i < num_tiles; i += kLanes) store(maxima + i, load(maxima + i) / splat(sum));
-  return true;
-}
-
-// ---- pooling ----
-
-// sums[i] = x[i] + ... + x[i + width - 1], from sums over 1, 2, 4, ... neighbours: log2(width) additions per element,
-// in an order that does not depend on where the tile begins. Destroys x.
-static void window_sums(float* x, int64_t count, int64_t width, float* sums) {
-  int64_t offset = 0, have = count + width - 1;
-  for (int64_t power = 1; power <= width; power *= 2) {
-    if (width & power) {
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const vf part = load(x + offset + i);
-        store(sums + i, offset == 0 ? part : load(sums + i) + part);
-      }
-      offset += power;
-    }
-    if (power * 2 <= width) {
-      have -= power;
-      for (int64_t i = 0; i < have; i += kLanes) store(x + i, load(x + i) + load(x + i + power));
-    }
-  }
-}
-
-// The same for the paper's width, whose 13 loads cost less than passes over memory.
-static void window_sums_13(const float* x, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const float* p = x + i;
-    const vf a = (load(p) + load(p + 1)) + (load(p + 2) + load(p + 3));
-    const vf b = (load(p + 4) + load(p + 5)) + (load(p + 6) + load(p + 7));
-    const vf c = (load(p + 8) + load(p + 9)) + (load(p + 10) + load(p + 11));
-    store(sums + i, (a + b) + (c + load(p + 12)));
-  }
-}
-
-// The probabilities of tokens [from, from + wanted), zero outside the prompt, and a vector of zeros behind.
-static void probabilities(const PoolRow& row, int64_t from, int64_t wanted, float* x) {
-  const int64_t start = larger(from, 0), stop = smaller(from + wanted, row.length);
-  for (int64_t i = 0; i < start - from; ++i) x[i] = 0;
-  for (int64_t t = start; t < stop;) {
-    const int64_t tile = t / kTile, next = smaller((tile + 1) * kTile, stop);
-    const vf factor = splat(row.factors[tile]);
-    // The last vector may run past `next`: what it writes there is overwritten by the next tile, or by zeros below.
-    for (int64_t i = t; i < next; i += kLanes) store(x + (i - from), load(row.weights + i) * factor);
-    t = next;
-  }
-  for (int64_t i = stop - from; i < wanted + 16; ++i) x[i] = 0;
-}
-
-static void pool_max(const PoolRow& row, float* best) {
-  float* x = row.window;
-  probabilities(row, row.first - row.width / 2, row.count + row.width - 1, x);
-  const float* sums = row.width == 1 ? x : row.sums;
-  if (row.width == 13) {
-    window_sums_13(x, row.count, row.sums);
-  } else if (row.width > 1) {
-    window_sums(x, row.count, row.width, row.sums);
-  }
-  for (int64_t i = 0; i < row.count; i += kLanes) store(best + i, max(load(best + i), load(sums + i)));
-}
-
-static void fold(const float* best, float* state, int64_t first, int64_t count, int64_t length, int64_t width,
-                 float divisor) {
-  const int64_t half = width / 2;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = first + i;
-    const int64_t inside = smaller(t + half, length - 1) - larger(t - half, 0) + 1;
-    const float pooled = best[i] / (divisor != 0.0f ? divisor : (float)inside);
-    state[i] = pooled > state[i] ? pooled : state[i];
-  }
+  return -1;
 }
 
 static void exp2_array(const float* x, float* y, int64_t count) {
@@ -297,7 +307,7 @@ static void exp2_array(const float* x, float* y, int64_t count) {
 
 extern const ScoreKernels score_kernels;
 const ScoreKernels score_kernels = {
-    SPECPREFILL_QUOTE(SPECPREFILL_ISA), kRows, kPanel, score_tile, combine, pool_max, fold, exp2_array};
+    SPECPREFILL_QUOTE(SPECPREFILL_ISA), kLanes, kPanel, score_tile, combine, pool_max, fold, exp2_array};
 
 }  // namespace SPECPREFILL_ISA
 }  // namespace specprefill
