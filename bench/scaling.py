@@ -1,0 +1,347 @@
+"""How time and memory of every op grow with the prompt, from 1K to 1M tokens, and the exponents of that growth.
+
+    python -m bench.scaling                                  # on the CPU, one layer of SmolLM2-135M, about 4 minutes
+    python -m bench.scaling --threads 1 --only score
+    python -m bench.scaling --device cuda --backend triton --model Llama-3.1-8B
+
+Every op is measured at every power of two, first upward and then downward again, so that a machine that gets busier on
+the way does not look like growth; the median of all calls counts. A call is timed as everywhere in bench: after caches
+were overwritten (bench/measure.py), in turn with a plain copy of as many bytes as the op must move (bench/traffic.py).
+Data of short prompts come out of a cache all the same, those of 1M tokens do not: that bends the curve of any op, and
+the copy's too. So the table gives bytes per second, and the exponents stand beside those of the copy.
+
+Results are checked (in fp64) up to --verify tokens before they are timed. How exponents are made: bench/scaling_fit.py;
+how memory is measured: bench/scaling_memory.py. The goal is an exponent of at most 1.05, for time over all lengths,
+for time over the longer half of them, and for memory. scaling.json and scaling.txt go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import specprefill_kernels as spk
+from bench import measure, problems, scaling_fit, scaling_memory, shapes
+from bench.environment import environment
+from bench.problems import Problem
+
+GOAL = 1.05
+WARM_UP = 64  # tokens: loads all code and allocates next to nothing
+DEFAULT = {"cpu": "cpu", "cuda": "cuda"}  # device -> backend
+MODELS = {model.name: model for model in (*shapes.MODELS, *shapes.QUICK_MODELS)}
+LEAST_CALLS = 3  # of each sweep
+MOST_CALLS = 40
+
+Maker = Callable[[int], Problem]
+Say = Callable[[str], None]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(DEFAULT), default="cpu")
+    parser.add_argument("--backend", help="default: the compiled one of the device")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--model", choices=tuple(MODELS), help="the attention layer that is scored")
+    parser.add_argument("--layers", type=int, default=2, help="of score_layers_: few, so that 1M tokens fit")
+    parser.add_argument("--shortest", type=int, default=2**10)
+    parser.add_argument("--longest", type=int, default=2**20)
+    parser.add_argument("--verify", type=int, default=2**17, help="check results up to so many tokens")
+    parser.add_argument("--only", default="", help="only ops whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.6, help="budget of timing one op at one length")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the harness, measures nothing")
+    parser.add_argument("--check", action="store_true", help="exit status 1 where a goal is not reached")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.shortest, options.longest = min(options.shortest, 2**9), min(options.longest, 2**12)
+    options.model = MODELS[options.model or (shapes.QUICK_MODELS if options.quick else shapes.MODELS)[0].name]
+    options.backend = options.backend or DEFAULT[options.device]
+    options.threads = options.threads or torch.get_num_threads()
+    if not 1 <= options.shortest <= options.longest:
+        parser.error(f"--shortest: expected 1 to {options.longest} (--longest), got {options.shortest}")
+    if options.threads < 1 or options.layers < 1:
+        parser.error("--threads, --layers: expected at least 1")
+    return options
+
+
+def makers(options: argparse.Namespace) -> dict[str, Maker]:
+    """op -> what makes its problem for a number of tokens."""
+    device, model = options.device, options.model
+    made: dict[str, Maker] = {
+        "score_layer": partial(problems.score, device, model),
+        "score_layers": partial(problems.score_layers, device, replace(model, layers=options.layers)),
+        "finalize_importance": partial(problems.finalize, device),
+        "select_chunks": partial(problems.select, device),
+        "gather_tokens": lambda tokens: problems.gather_tokens(device, tokens, 0),
+        "gather_kv": lambda tokens: problems.gather_kv(device, model, tokens, "bhtd"),
+        "select_tokens": partial(problems.select_tokens, device),
+    }
+    return {op: make for op, make in made.items() if options.only in op}
+
+
+def lengths(options: argparse.Namespace) -> list[int]:
+    """Powers of two times the shortest."""
+    found = [options.shortest]
+    while 2 * found[-1] <= options.longest:
+        found.append(2 * found[-1])
+    return found
+
+
+def timed(options: argparse.Namespace, rows: dict[tuple[str, int], dict[str, Any]], say: Say) -> None:
+    """Two sweeps over all lengths, up and down; each row gets its seconds and those of the copy."""
+    ticks = measure.clock(options.device, options.quick)
+    taken: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+    for op, make in makers(options).items():
+        for sweep, order in (("up", lengths(options)), ("down", reversed(lengths(options)))):
+            for tokens in order:
+                row = rows[op, tokens]
+                if "failed" in row:
+                    continue
+                say(f"{op}, {shapes.size_name(tokens)} tokens, {sweep}")
+                try:
+                    own = _sample(options, ticks, make(tokens), row, check=sweep == "up" and tokens <= options.verify)
+                except Exception as error:  # the others are worth having
+                    row["failed"] = f"{type(error).__name__}: {error}"
+                    continue
+                for values, more in zip(taken.setdefault((op, tokens), ([], [])), own):
+                    values.extend(more)
+                row["seconds"] = measure.Times.of(taken[op, tokens][0]).json()
+                row["copy_seconds"] = median(taken[op, tokens][1])
+                row["rate"] = row["bytes"] / row["seconds"]["p50"]
+                if "layers" in row:
+                    row["layer_seconds"] = row["seconds"]["p50"] / row["layers"]
+
+
+def _sample(
+    options: argparse.Namespace, ticks: Any, problem: Problem, row: dict[str, Any], check: bool
+) -> tuple[list[float], list[float]]:
+    """Seconds of the op's calls and of the copies between them."""
+    row["bytes"] = problem.traffic
+    if check:
+        problems.verify(problem, options.backend, problem.expected())
+        row["verified"] = True
+    source = torch.ones(max(1, problem.traffic // 2), dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    calls = (lambda: problem.call(options.backend)), (lambda: target.copy_(source))
+    if options.device == "cuda" and "peak_bytes" not in row:
+        calls[0]()
+        row["peak_bytes"] = scaling_memory.of_call(calls[0], "cuda")
+    for call in (*calls, *calls):
+        call()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    stop = time.perf_counter() + options.seconds / 2
+    for done in range(MOST_CALLS):
+        if done >= LEAST_CALLS and time.perf_counter() > stop:
+            break
+        for values, call in zip(seconds, calls):
+            values.append(ticks.seconds(call))
+    return seconds
+
+
+def memory(
+    options: argparse.Namespace, argv: Sequence[str], rows: dict[tuple[str, int], dict[str, Any]], say: Say
+) -> None:
+    """Each row's peak bytes, or why they are not known; those of a GPU came with its times."""
+    if options.device == "cuda":
+        return
+    for op, tokens, value in scaling_memory.in_processes(argv, [key for key in rows if "failed" not in rows[key]]):
+        say(f"memory of {op}, {shapes.size_name(tokens)} tokens")
+        rows[op, tokens].update({"peak_bytes": value} if isinstance(value, int) else {"peak_bytes_unknown": value})
+
+
+def fits(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """op -> exponents with their 95% intervals; None where there are too few lengths."""
+    found: dict[str, dict[str, Any]] = {}
+    for op in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == op and "seconds" in row]
+        times = [(row["tokens"], row["seconds"]["p50"]) for row in own]
+        copies = [(row["tokens"], row["copy_seconds"]) for row in own]
+        sizes = [(row["tokens"], row["peak_bytes"]) for row in own if "peak_bytes" in row]
+        whole = scaling_fit.with_overhead(times)
+        upper = scaling_fit.power(scaling_fit.upper_half(times)) if times else None
+        copied = scaling_fit.with_overhead(copies)
+        copied_upper = scaling_fit.power(scaling_fit.upper_half(copies)) if copies else None
+        large = [point for point in sizes if point[1] >= scaling_memory.RESOLUTION]
+        grown = scaling_fit.power(large) if len(large) > 2 else None
+        found[op] = {
+            "time_exponent": whole and whole.exponent,
+            "time_interval95": whole and whole.interval,
+            "overhead_seconds": whole and whole.overhead,
+            "upper_exponent": upper and upper.exponent,
+            "upper_interval95": upper and upper.interval,
+            "upper_from_tokens": scaling_fit.upper_half(times)[0][0] if times else None,
+            "copy_exponent": copied and copied.exponent,
+            "copy_upper_exponent": copied_upper and copied_upper.exponent,
+            "memory_exponent": grown and grown.exponent,
+            "memory_interval95": grown and grown.interval,
+            "peak_bytes_per_token": sizes[-1][1] / sizes[-1][0] if sizes else None,
+        }
+    return found
+
+
+JUDGED = (("time", "time"), ("upper half", "upper"), ("memory", "memory"))
+
+
+def unreached(fit: dict[str, Any]) -> list[str]:
+    """Which exponents are above the goal. One of time that is unknown is not below it."""
+    over = ["time unknown"] if fit["time_exponent"] is None else []
+    for name, key in JUDGED:
+        exponent, interval = fit[f"{key}_exponent"], fit[f"{key}_interval95"]
+        if exponent is not None and exponent > GOAL:
+            unsure = interval is None or interval[0] <= GOAL
+            over.append(f"{name} {exponent:.3f}" + ", within the noise" * unsure)
+    return over
+
+
+def goal_lines(found: dict[str, dict[str, Any]], backend: str) -> list[str]:
+    lines = []
+    for op, fit in found.items():
+        over = unreached(fit)
+        text = f"{op} on {backend}: time {_power(fit, 'time')}, upper half {_power(fit, 'upper')}, "
+        text += f"memory {_power(fit, 'memory')}, goal {GOAL}"
+        if over:
+            text += f", NOT REACHED ({', '.join(over)})"
+            if fit["copy_exponent"] is not None:
+                text += f"; a copy: T^{fit['copy_exponent']:.3f}, upper half T^{fit['copy_upper_exponent']:.3f}"
+        elif any((fit[f"{key}_interval95"] or (0, 0))[1] > GOAL for _, key in JUDGED):
+            text += ", reached within the noise"
+        lines.append(text)
+    return lines
+
+
+def _power(fit: dict[str, Any], name: str) -> str:
+    exponent, interval = fit[f"{name}_exponent"], fit[f"{name}_interval95"]
+    if exponent is None:
+        return "too small for one" if name == "memory" and fit["peak_bytes_per_token"] is not None else "unknown"
+    return f"T^{exponent:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+
+
+def show(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for name in ("op", "tokens", "ms", "p20-p80", "GB/s", "copy ms", "extra MB"):
+        table.add_column(name, justify="left" if name == "op" else "right", no_wrap=True)
+    last = None
+    for row in rows:
+        head = (row["op"] if row["op"] != last else "", shapes.size_name(row["tokens"]))
+        last = row["op"]
+        if "seconds" not in row:
+            table.add_row(*head, "failed")
+            continue
+        ms = {name: 1e3 * row["seconds"][name] for name in ("p20", "p50", "p80")}
+        size = f"{row['peak_bytes'] / 1e6:.2f}" if "peak_bytes" in row else "-"
+        spread = f"{ms['p20']:.3f}-{ms['p80']:.3f}"
+        table.add_row(
+            *head, f"{ms['p50']:.3f}", spread, f"{row['rate'] / 1e9:.2f}", f"{1e3 * row['copy_seconds']:.3f}", size
+        )
+    console.print(table)
+    exponents = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("op", "time", "upper half", "copy", "its upper half", "memory", "bytes a token"):
+        exponents.add_column(name, justify="left" if name == "op" else "right", no_wrap=True)
+    for op, fit in found.items():
+        copies = ["-" if fit[key] is None else f"T^{fit[key]:.3f}" for key in ("copy_exponent", "copy_upper_exponent")]
+        each = "-" if fit["peak_bytes_per_token"] is None else f"{fit['peak_bytes_per_token']:.2f}"
+        powers = (_power(fit, name) for name in ("time", "upper"))
+        exponents.add_row(op, *powers, *copies, _power(fit, "memory"), each)
+    console.print(exponents)
+
+
+@contextmanager
+def _progress(console: Console, steps: int) -> Iterator[Say]:
+    """A bar with the time left; without a terminal a line every ten seconds."""
+    from rich import progress
+
+    if not console.is_terminal:
+        done, spoken = 0, time.monotonic()
+
+        def line(text: str) -> None:
+            nonlocal done, spoken
+            done += 1
+            if time.monotonic() - spoken >= 10:
+                spoken = time.monotonic()
+                console.print(f"{done} of {steps}: {text}")
+
+        yield line
+        return
+    columns: tuple[Any, ...] = (
+        progress.SpinnerColumn(),
+        progress.BarColumn(bar_width=28),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("so far,"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left  {task.description}"),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        handle = bar.add_task("", total=steps)
+        yield lambda text: bar.update(handle, advance=1, description=text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = parse(argv)
+    errors = Console(stderr=True, highlight=False)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        errors.print("bench.scaling: no GPU that torch can use")
+        return 2
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)  # before the long work
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for op in makers(options):
+        reason = spk.available_backends(op).get(options.backend, "no such backend")
+        for tokens in lengths(options):
+            rows[op, tokens] = row = {
+                "op": op,
+                "backend": options.backend,
+                "device": options.device,
+                "threads": options.threads if options.device == "cpu" else None,
+                "tokens": tokens,
+                "shape": options.model.name if op.startswith(("score", "gather_kv")) else "",
+            }
+            if op == "score_layers":
+                row["layers"] = options.layers
+            if reason is not None:
+                row["failed"] = reason
+    steps = len(rows) * (2 if options.device == "cuda" else 3)
+    with _progress(errors, steps) as say:
+        timed(options, rows, say)
+        memory(options, argv, rows, say)
+    everything = list(rows.values())
+    found = fits(everything)
+    report = {
+        "environment": environment(options.device),
+        "goal": GOAL,
+        "model": options.model.name,
+        "rows": everything,
+        "fits": found,
+    }
+    (options.out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
+    threads = f", {options.threads} threads" if options.device == "cpu" else ""
+    title = f"{options.model.name} on {options.backend}{threads}; copy: as many bytes as the op must move"
+    failures = list(dict.fromkeys(f"{row['op']}: {row['failed']}" for row in everything if "failed" in row))
+    lines = [*goal_lines(found, options.backend), *(f"FAILED {failure}" for failure in failures)]
+    with (options.out / "scaling.txt").open("w") as file:
+        for console in (Console(highlight=False), Console(file=file, width=140, highlight=False)):
+            if not console.is_terminal:
+                console.width = 140
+            show(everything, found, title, console)
+            for text in lines:
+                console.print(text, soft_wrap=True, markup=False)
+    missed = options.check and any(map(unreached, found.values()))
+    return 1 if failures or missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
