@@ -31,8 +31,8 @@ def placed(value, device: str):
     """An argument, with every tensor in it on the device."""
     if isinstance(value, torch.Tensor):
         return place(value, device)
-    if isinstance(value, spk.Selection):
-        return spk.Selection(*(placed(part, device) for part in value))
+    if isinstance(value, (spk.Selection, spk.AttentionBlocks)):
+        return type(value)(*(placed(part, device) for part in value))
     if isinstance(value, (list, tuple)):
         return type(value)(placed(part, device) for part in value)
     return value
@@ -116,6 +116,24 @@ def select_tokens() -> dict:
     return {**finalize(), "x": ids, "keep_ratio": 0.4, "chunk_size": 4}
 
 
+def attention() -> dict:
+    cache = {"key": _random(BATCH, KV_HEADS, 70, DIM), "value": _random(BATCH, KV_HEADS, 70, DIM, seed=5)}
+    return {"query": _random(BATCH, HEADS, 50, DIM, seed=9), **cache, "block_size": 16, "keep_blocks": 3}
+
+
+def attention_blocks() -> dict:
+    arguments = attention()
+    del arguments["value"]
+    return arguments
+
+
+def attention_listed() -> dict:
+    arguments = attention()
+    blocks = spk.select_attention_blocks(**attention_blocks(), backend="reference")
+    del arguments["keep_blocks"]
+    return {**arguments, "blocks": blocks}
+
+
 CALLS = {
     "score": Call("score_layer", spk.score_layer_, score),
     "score packed": Call("score_layer", spk.score_layer_, lambda: score("packed")),
@@ -133,4 +151,7 @@ CALLS = {
     "kv out": Call("gather_kv", spk.gather_kv, gather_kv_out),
     "kv paged out": Call("gather_kv", spk.gather_kv, lambda: gather_kv_out("paged_nhd")),
     "tokens": Call("select_tokens", spk.select_tokens, select_tokens),
+    "attention": Call("block_sparse_attention", spk.sparse_prefill_attention, attention),
+    "attention blocks": Call("select_attention_blocks", spk.select_attention_blocks, attention_blocks),
+    "attention listed": Call("block_sparse_attention", spk.block_sparse_attention, attention_listed),
 }

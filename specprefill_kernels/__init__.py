@@ -19,6 +19,12 @@ try:
     from specprefill_kernels.ops.score import new_state, score_layer_, score_layers_, score_workspace_size
     from specprefill_kernels.ops.select import Selection, select_chunks
     from specprefill_kernels.ops.select_tokens import TokenSelection, select_tokens
+    from specprefill_kernels.ops.sparse_attention import (
+        AttentionBlocks,
+        block_sparse_attention,
+        select_attention_blocks,
+        sparse_prefill_attention,
+    )
 except ImportError as error:
     # Only `show_config` and the command `specprefill show-config` still work then, to say what is broken.
     _broken = error
@@ -31,6 +37,7 @@ except ImportError as error:
 
 
 __all__ = [
+    "AttentionBlocks",
     "BackendUnavailable",
     "Packed",
     "Selection",
@@ -38,6 +45,7 @@ __all__ = [
     "TokenSelection",
     "__version__",
     "available_backends",
+    "block_sparse_attention",
     "finalize_importance",
     "gather_kv",
     "gather_tokens",
@@ -45,8 +53,10 @@ __all__ = [
     "score_layer_",
     "score_layers_",
     "score_workspace_size",
+    "select_attention_blocks",
     "select_chunks",
     "select_tokens",
     "show_config",
+    "sparse_prefill_attention",
     "use_backend",
 ]

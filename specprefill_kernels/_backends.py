@@ -25,6 +25,8 @@ ROOMS = {
     "gather_tokens": "gather",
     "gather_kv": "gather",
     "select_tokens": "select_tokens",
+    "select_attention_blocks": "sparse_attention",
+    "block_sparse_attention": "sparse_attention",
 }
 SUBMODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernel", "cuda": "cuda"}
 
@@ -63,7 +65,8 @@ def available_backends(op: str) -> dict[str, str | None]:
 
     Args:
         op: the op's name without its trailing underscore: "score_layer", "score_layers", "finalize_importance",
-            "select_chunks", "gather_tokens", "gather_kv" or "select_tokens".
+            "select_chunks", "gather_tokens", "gather_kv", "select_tokens", "select_attention_blocks" or
+            "block_sparse_attention".
     """
     op = op.rstrip("_")
     if op not in ROOMS:

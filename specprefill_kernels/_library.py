@@ -15,6 +15,7 @@ from torch import Tensor
 from specprefill_kernels import _backends, _checks
 from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, token_axis
 from specprefill_kernels.ops.select.budget import Budget
+from specprefill_kernels.ops.sparse_attention.blocks import BlockBudget, row_blocks
 
 SCHEMAS = (
     "score_layers_(Tensor(a!) state, Tensor[] queries_per_layer, Tensor[] keys_per_layer, Tensor? seq_lens, "
@@ -35,6 +36,10 @@ SCHEMAS = (
     "float? keep_ratio, SymInt? keep_tokens, float? keep_mass, int chunk_size, str rounding, int sink, int tail, "
     "int token_dim, int pool_kernel_size, str pool_edge, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "select_attention_blocks(Tensor query, Tensor key, int block_size, int keep_blocks, int sink_blocks, "
+    "int local_blocks, str backend) -> (Tensor, Tensor)",
+    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int block_size, "
+    "float? scale, str backend) -> Tensor",
 )
 
 _library = torch.library.Library("specprefill", "DEF")
@@ -228,6 +233,29 @@ def _select_tokens(
     return selected
 
 
+def _select_attention_blocks(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *budget, backend = rest
+    run = _backends.implementation("select_attention_blocks", "select_attention_blocks", backend, query.device.type)
+    selected: tuple[Tensor, Tensor] = run(query, key, BlockBudget(*budget))
+    return selected
+
+
+def _block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    run = _backends.implementation("block_sparse_attention", "block_sparse_attention", backend, query.device.type)
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    output: Tensor = run(query, key, value, indices, counts, block_size, factor)
+    return output
+
+
 # What follows says shapes and dtypes alone, for torch.compile and meta tensors.
 
 
@@ -274,6 +302,18 @@ def _fake_select_tokens(
     return importance, indices, num_kept, overflow, *packed
 
 
+def _fake_select_attention_blocks(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    budget = BlockBudget(*rest[:-1])
+    lists = (query.shape[0], query.shape[1], row_blocks(query.shape[2], key.shape[2], budget.block_size)[1])
+    indices = query.new_empty(*lists, budget.width(key.shape[2]), dtype=torch.int32)
+    return indices, query.new_empty(lists, dtype=torch.int32)
+
+
+def _fake_block_sparse_attention(query: Tensor, *_: Any) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    return query.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -286,6 +326,8 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gather_kv": (_gather_kv, _fake_gather_kv),
     "gather_kv_out_": (_gather_kv_out_, _nothing),
     "select_tokens": (_select_tokens, _fake_select_tokens),
+    "select_attention_blocks": (_select_attention_blocks, _fake_select_attention_blocks),
+    "block_sparse_attention": (_block_sparse_attention, _fake_block_sparse_attention),
 }
 
 for _schema in SCHEMAS:
