@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import specprefill_kernels as spk
-from bench import shapes, traffic, truth
-from bench.shapes import CHUNK, KEEP_RATIO, LOOK_AHEAD, Model, size_name
+from bench import eager, operations, shapes, traffic, truth
+from bench.shapes import CHUNK, KEEP_RATIO, LOOK_AHEAD, Grid, Model, layers_within, size_name
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+# An eager form of more scores than this is timed on fewer layers: it is a loop over layers, each as slow as the next.
+EAGER_SCORES = 2**24
 
 
 @dataclass
@@ -25,6 +27,12 @@ class Problem:
         result: the tensors to be checked, from a call on fresh outputs.
         expected: what they must be; computed when it is asked for.
         rtol: relative tolerance of floating-point results; integers must be equal.
+        tokens: the prompt's length, the tables' T.
+        flops: operations that must be made.
+        dtype: of the keys, or of what else is read most.
+        layers: how many are scored, and of_layers how many the model has.
+        eager: the plain form to compare with; without one, the backend "reference".
+        eager_times: what to multiply its time by, where it ran on fewer layers.
     """
 
     op: str
@@ -34,6 +42,13 @@ class Problem:
     result: Callable[[str], list[Tensor]]
     expected: Callable[[], list[Tensor]]
     rtol: float = 0.0
+    tokens: int = 0
+    flops: int = 0
+    dtype: str = "float32"
+    layers: int = 1
+    of_layers: int = 1
+    eager: Callable[[], object] | None = None
+    eager_times: float = 1.0
 
 
 class WrongResult(AssertionError):
@@ -81,6 +96,31 @@ def problems(device: str, quick: bool = False, only: str = "") -> Makers:
     return [(op, make) for op, make in makers if only in op]
 
 
+def grid_problems(device: str, grid: Grid, key_bytes: int, only: str = "") -> Makers:
+    """The rows of `pytest bench/`: scores of every model, prompt and type, layouts once, and what follows scoring."""
+    dtypes = [getattr(torch, name) for name in grid.dtypes]
+    largest, last = grid.models[-1], grid.prompts[-1]
+    makers: Makers = [
+        (
+            "score_layers",
+            partial(score_layers, device, m, tokens, dtype, layers_within(m, tokens, dtype.itemsize, key_bytes)),
+        )
+        for m in grid.models
+        for tokens in grid.prompts
+        for dtype in dtypes
+    ]
+    makers += [("score_layer", partial(score, device, largest, tokens)) for tokens in grid.prompts]
+    for options in ({"lse": True}, {"paged": True}, {"dtype": E4M3}):
+        makers.append(("score_layer", partial(score, device, largest, last, **options)))
+    makers.append(("select_chunks", partial(select_many, device, *grid.many)))
+    for op, make in (("select_chunks", select), ("select_tokens", select_tokens), ("finalize_importance", finalize)):
+        makers += [(op, partial(make, device, tokens)) for tokens in grid.long]
+    makers += [("gather_tokens", partial(gather_tokens, device, tokens, 0)) for tokens in grid.long]
+    makers.append(("gather_tokens", partial(gather_tokens, device, last, 2048)))
+    makers += [("gather_kv", partial(gather_kv, device, largest, last, layout)) for layout in ("bhtd", "paged_nhd")]
+    return [(op, make) for op, make in makers if only in op]
+
+
 def _random(device: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Never zeros: those hide unwritten outputs and run faster than data does."""
     return torch.randn(shape, generator=torch.Generator(device=device).manual_seed(seed), device=device).to(dtype)
@@ -120,14 +160,41 @@ def score(
         lambda backend: [run(backend, torch.zeros_like(kept))[0]],
         lambda: [truth.state(query[0], dense.to(BF16))],
         rtol=1e-4,
+        tokens=tokens,
+        flops=operations.score(LOOK_AHEAD, m.query_heads, m.head_dim, tokens),
+        dtype=_name(dtype),
+        of_layers=m.layers,
+        eager=lambda: eager.score_layers([query[0]], [dense]),
     )
 
 
-def score_layers(device: str, m: Model, tokens: int) -> Problem:
-    queries = [_random(device, 1, LOOK_AHEAD, m.query_heads, m.head_dim, dtype=BF16, seed=i) for i in range(m.layers)]
-    keys = [_random(device, 1, m.kv_heads, tokens, m.head_dim, dtype=BF16, seed=100 + i) for i in range(m.layers)]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def layer_tensors(
+    device: str, m: Model, tokens: int, dtype: torch.dtype, layers: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries [1, N, Hq, D] and keys [1, Hkv, T, D] of so many layers, each layer's in memory of its own.
+
+    The keys are one random tensor's, turned along the prompt and negated in every other layer: as distinct as random
+    ones, made as fast as they are copied.
+    """
+    queries = [_random(device, 1, LOOK_AHEAD, m.query_heads, m.head_dim, dtype=dtype, seed=i) for i in range(layers)]
+    first = _random(device, 1, m.kv_heads, tokens, m.head_dim, dtype=dtype, seed=100)
+    others = [torch.roll(first, 977 * i, 2) for i in range(1, layers)]
+    for key in others[::2]:
+        key.neg_()
+    return queries, [first, *others]
+
+
+def score_layers(device: str, m: Model, tokens: int, dtype: torch.dtype = BF16, layers: int | None = None) -> Problem:
+    count = m.layers if layers is None else layers
+    queries, keys = layer_tensors(device, m, tokens, dtype, count)
     kept = spk.new_state(1, LOOK_AHEAD, tokens, device=device)
-    one = traffic.score(LOOK_AHEAD, m.query_heads, m.kv_heads, m.head_dim, tokens, key=2, query=2, lse=False)
+    size = dtype.itemsize
+    one = traffic.score(LOOK_AHEAD, m.query_heads, m.kv_heads, m.head_dim, tokens, key=size, query=size, lse=False)
+    few = max(1, min(count, EAGER_SCORES // (LOOK_AHEAD * m.query_heads * tokens)))
 
     def expected() -> list[Tensor]:
         best = torch.zeros(LOOK_AHEAD, tokens, dtype=torch.float64, device=device)
@@ -137,12 +204,19 @@ def score_layers(device: str, m: Model, tokens: int) -> Problem:
 
     return Problem(
         "score_layers",
-        f"{m.name} {size_name(tokens)} x{m.layers}",
-        traffic.score_layers(m.layers, LOOK_AHEAD, tokens, one),
+        f"{m.name} {size_name(tokens)} {_name(dtype)} x{count}",
+        traffic.score_layers(count, LOOK_AHEAD, tokens, one),
         lambda backend: spk.score_layers_(kept, queries, keys, backend=backend),
         lambda backend: [spk.score_layers_(torch.zeros_like(kept), queries, keys, backend=backend)[0]],
         expected,
         rtol=1e-4,
+        tokens=tokens,
+        flops=count * operations.score(LOOK_AHEAD, m.query_heads, m.head_dim, tokens),
+        dtype=_name(dtype),
+        layers=count,
+        of_layers=m.layers,
+        eager=lambda: eager.score_layers([query[0] for query in queries[:few]], [key[0] for key in keys[:few]]),
+        eager_times=count / few,
     )
 
 
@@ -156,6 +230,9 @@ def finalize(device: str, tokens: int) -> Problem:
         lambda backend: [spk.finalize_importance(state, backend=backend)],
         lambda: [state.double().mean(1)],
         rtol=2e-6,
+        tokens=tokens,
+        flops=operations.finalize(LOOK_AHEAD, tokens),
+        eager=lambda: state.mean(1),
     )
 
 
@@ -177,6 +254,8 @@ def select(device: str, tokens: int) -> Problem:
         run,
         lambda backend: [_valid(run(backend))],
         lambda: [_kept(importance[0])],
+        tokens=tokens,
+        flops=operations.select(tokens),
     )
 
 
@@ -195,6 +274,8 @@ def select_many(device: str, prompts: int, tokens: int) -> Problem:
         run,
         lambda backend: [run(backend).indices],
         lambda: [torch.stack([_kept(row) for row in importance])],
+        tokens=prompts * tokens,
+        flops=prompts * operations.select(tokens),
     )
 
 
@@ -225,6 +306,9 @@ def gather_tokens(device: str, tokens: int, hidden: int) -> Problem:
         run,
         lambda backend: [run(backend).values[: len(kept)], run(backend).position_ids[: len(kept)]],
         lambda: [x[0, kept], kept],
+        tokens=tokens,
+        dtype=_name(x.dtype),
+        eager=lambda: x[0, kept],
     )
 
 
@@ -253,6 +337,8 @@ def gather_kv(device: str, m: Model, tokens: int, layout: str) -> Problem:
         run,
         result,
         lambda: [cache[:, kept] for cache in caches],
+        tokens=tokens,
+        dtype="bfloat16",
     )
 
 
@@ -282,4 +368,7 @@ def select_tokens(device: str, tokens: int) -> Problem:
         result,
         lambda: [state.double().mean(1), torch.zeros(kept, dtype=torch.int64, device=device), torch.tensor([False])],
         rtol=2e-6,
+        tokens=tokens,
+        flops=operations.select_tokens(LOOK_AHEAD, tokens),
+        eager=lambda: eager.select_tokens(state[0], ids[0], -(-kept // CHUNK), CHUNK),
     )
