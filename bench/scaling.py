@@ -104,42 +104,51 @@ def lengths(options: argparse.Namespace) -> list[int]:
 def timed(options: argparse.Namespace, rows: dict[tuple[str, int], dict[str, Any]], say: Say) -> None:
     """Two sweeps over all lengths, up and down; each row gets its seconds and those of the copy."""
     ticks = measure.clock(options.device, options.quick)
-    taken: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
     for op, make in makers(options).items():
+        made: dict[int, Problem] = {}  # all lengths together are twice the longest
+        taken: dict[int, tuple[list[float], list[float]]] = {}
+        if options.device == "cuda" and "failed" not in rows[op, options.shortest]:
+            make(WARM_UP).call(options.backend)
         for sweep, order in (("up", lengths(options)), ("down", reversed(lengths(options)))):
             for tokens in order:
+                say(f"{op}, {shapes.size_name(tokens)} tokens, {sweep}")
                 row = rows[op, tokens]
                 if "failed" in row:
                     continue
-                say(f"{op}, {shapes.size_name(tokens)} tokens, {sweep}")
                 try:
-                    own = _sample(options, ticks, make(tokens), row, check=sweep == "up" and tokens <= options.verify)
+                    if tokens not in made:
+                        made[tokens] = _checked(options, make(tokens), row)
+                    seconds, copies = _sample(options, ticks, made[tokens], row)
                 except Exception as error:  # the others are worth having
                     row["failed"] = f"{type(error).__name__}: {error}"
                     continue
-                for values, more in zip(taken.setdefault((op, tokens), ([], [])), own):
-                    values.extend(more)
-                row["seconds"] = measure.Times.of(taken[op, tokens][0]).json()
-                row["copy_seconds"] = median(taken[op, tokens][1])
+                own, theirs = taken.setdefault(tokens, ([], []))
+                own.extend(seconds)
+                theirs.extend(copies)
+                row["seconds"] = measure.Times.of(own).json()
+                row["copy_seconds"] = median(theirs)
                 row["rate"] = row["bytes"] / row["seconds"]["p50"]
                 if "layers" in row:
                     row["layer_seconds"] = row["seconds"]["p50"] / row["layers"]
 
 
-def _sample(
-    options: argparse.Namespace, ticks: Any, problem: Problem, row: dict[str, Any], check: bool
-) -> tuple[list[float], list[float]]:
-    """Seconds of the op's calls and of the copies between them."""
+def _checked(options: argparse.Namespace, problem: Problem, row: dict[str, Any]) -> Problem:
     row["bytes"] = problem.traffic
-    if check:
+    if options.device == "cuda":  # of this length's first call, as on a CPU
+        row["peak_bytes"] = scaling_memory.of_call(lambda: problem.call(options.backend), "cuda")
+    if row["tokens"] <= options.verify:
         problems.verify(problem, options.backend, problem.expected())
         row["verified"] = True
-    source = torch.ones(max(1, problem.traffic // 2), dtype=torch.uint8, device=options.device)
+    return problem
+
+
+def _sample(
+    options: argparse.Namespace, ticks: Any, problem: Problem, row: dict[str, Any]
+) -> tuple[list[float], list[float]]:
+    """Seconds of the op's calls and of the copies between them."""
+    source = torch.ones(max(1, row["bytes"] // 2), dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
     calls = (lambda: problem.call(options.backend)), (lambda: target.copy_(source))
-    if options.device == "cuda" and "peak_bytes" not in row:
-        calls[0]()
-        row["peak_bytes"] = scaling_memory.of_call(calls[0], "cuda")
     for call in (*calls, *calls):
         call()
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -172,9 +181,9 @@ def fits(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         copies = [(row["tokens"], row["copy_seconds"]) for row in own]
         sizes = [(row["tokens"], row["peak_bytes"]) for row in own if "peak_bytes" in row]
         whole = scaling_fit.with_overhead(times)
-        upper = scaling_fit.power(scaling_fit.upper_half(times)) if times else None
+        upper = scaling_fit.longer_half(times)
         copied = scaling_fit.with_overhead(copies)
-        copied_upper = scaling_fit.power(scaling_fit.upper_half(copies)) if copies else None
+        copied_upper = scaling_fit.longer_half(copies)
         large = [point for point in sizes if point[1] >= scaling_memory.RESOLUTION]
         grown = scaling_fit.power(large) if len(large) > 2 else None
         found[op] = {

@@ -1,13 +1,13 @@
 """Exponents of growth: how many times more time, or memory, a longer prompt takes.
 
-Two figures, because each alone can flatter:
+What a call costs whatever the length flattens a straight line through the logarithms: with a millisecond of it, an op
+that is quadratic between 1K and 32K tokens can look linear, and cheap ops do not get rid of it up to 1M. So times are
+fitted by t = a + b * T^p, with a term of its own for that; errors are relative, as those of times are.
 
-- `with_overhead` fits t = a + b * T^p over all lengths. What a call costs whatever the length (a) would flatten a
-  straight line through the logarithms: with a tenth of a millisecond of overhead, a quadratic op between 1K and 32K
-  tokens can look linear. As a term of its own it leaves the exponent alone, and the short prompts are what says how
-  large it is. Errors are relative, since those of times are.
-- `power` is that straight line, t = b * T^p; over the longer half of the lengths, where the overhead no longer counts.
-  It sees an op that is linear on the whole and bends upward at its end, which one p for all lengths averages away.
+- `with_overhead` fits all lengths. The short ones say what a is.
+- `longer_half` keeps that a and fits b and p to the longer half of the lengths alone. It sees an op that is linear on
+  the whole and bends upward at its end, which one p for all lengths averages away.
+- `power` is the straight line, for memory: what is small is left out there, and nothing is flattened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the last is a little too wide.
 T975 = (
@@ -42,14 +43,29 @@ def with_overhead(points: Points) -> Growth | None:
     The interval holds all p whose own best a and b fit nearly as well: with S(p) their sum of squares, those with
     S(p) <= S(best) * (1 + t^2 / df), df = points - 3. Where p and a cannot be told apart, it is wide.
     """
-    freedom = len(points) - 3
-    if freedom < 1:
+    return _fitted(points, None, len(points) - 3)
+
+
+def longer_half(points: Points) -> Growth | None:
+    """b and p for the longer half of the lengths, with the a of all of them; the interval as above, df = points - 2."""
+    whole = with_overhead(points)
+    upper = upper_half(points) if points else []
+    return None if whole is None else _fitted(upper, whole.overhead, len(upper) - 2)
+
+
+def _fitted(points: Points, overhead: float | None, freedom: int) -> Growth | None:
+    if freedom < 0 or not points:
         return None
     longest = max(tokens for tokens, _ in points)
-    tried = [(p, *_line([((tokens / longest) ** p, value) for tokens, value in points])) for p in EXPONENTS]
+    tried = []
+    for p in EXPONENTS:
+        scaled = [((tokens / longest) ** p, value) for tokens, value in points]
+        tried.append((p, *(_line(scaled) if overhead is None else _slope(scaled, overhead))))
     p, a, b, least = min(tried, key=lambda one: one[3])
-    limit = least * (1 + _t975(freedom) ** 2 / freedom) + 1e-15
-    inside = [one[0] for one in tried if one[3] <= limit]
+    inside = EXPONENTS
+    if freedom:
+        limit = least * (1 + _t975(freedom) ** 2 / freedom) + 1e-15
+        inside = tuple(one[0] for one in tried if one[3] <= limit)
     return Growth(p, (inside[0], inside[-1]), a, b / longest**p)
 
 
@@ -57,21 +73,25 @@ def _line(points: Points) -> tuple[float, float, float]:
     """(a, b, sum of squared relative errors) of value = a + b * x, none of them negative."""
     ones = [1 / value for _, value in points]
     slopes = [x / value for x, value in points]
-    aa, ab, bb = (
-        math.fsum(map(lambda x, y: x * y, *pair)) for pair in ((ones, ones), (ones, slopes), (slopes, slopes))
-    )
-    at, bt = math.fsum(ones), math.fsum(slopes)
+    aa, ab, bb = (sum(map(mul, *pair)) for pair in ((ones, ones), (ones, slopes), (slopes, slopes)))
+    at, bt = sum(ones), sum(slopes)
     determinant = aa * bb - ab * ab
-    candidates = [(at / aa, 0.0), (0.0, bt / bb)]
     if determinant > 0:
-        both = ((at * bb - bt * ab) / determinant, (bt * aa - at * ab) / determinant)
-        if min(both) >= 0:
-            candidates = [both]
+        a, b = (at * bb - bt * ab) / determinant, (bt * aa - at * ab) / determinant
+        if a >= 0 and b >= 0:
+            return a, b, _error(points, a, b)
+    return min(((a, b, _error(points, a, b)) for a, b in ((at / aa, 0.0), (0.0, bt / bb))), key=lambda found: found[2])
 
-    def error(a: float, b: float) -> float:
-        return math.fsum((a * one + b * slope - 1) ** 2 for one, slope in zip(ones, slopes))
 
-    return min(((a, b, error(a, b)) for a, b in candidates), key=lambda found: found[2])
+def _slope(points: Points, a: float) -> tuple[float, float, float]:
+    """The same with a given."""
+    wanted = sum(x / value * (1 - a / value) for x, value in points)
+    b = max(0.0, wanted / sum((x / value) ** 2 for x, value in points))
+    return a, b, _error(points, a, b)
+
+
+def _error(points: Points, a: float, b: float) -> float:
+    return sum(((a + b * x) / value - 1) ** 2 for x, value in points)
 
 
 def power(points: Points) -> Growth | None:
