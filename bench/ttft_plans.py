@@ -1,0 +1,88 @@
+"""Which rows one command measures, and what they are written to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from bench.ttft_models import title
+from bench.ttft_rows import Work
+
+KEEPS = (0.05, 0.1, 0.2, 0.3)
+QUICK = (Work("tiny", "tiny-base", 600, (0.1, 0.3), base_layers=2),)
+
+# What a GPU is asked within nine minutes: the goals first. Layers of the large bases are few, since all their layers
+# are alike. Estimates for an H100 (600 TFLOP/s matrix products, 350 in attention) of one round, seconds:
+#   8B -> 405B, 32K      full 57, by 1 of 126 layers 0.5; speculator 1.8; kept 10%: 4.6, by 1 layer 0.04
+#   0.6B -> 32B, 128K    full 65, by 2 of 64 layers 2.0; speculator 6.1, less with sparse attention; kept 5%: 0.9
+#   1B -> 8B, 32K        full 1.7; speculator 0.4; kept 10%: 0.1
+#   8B -> 405B, 128K     full 380, by 1 layer 3.0; speculator 16.4; kept 10%: 20, by 1 layer 0.2
+# Three rounds of each: 7, 24, 12, 7 and 59 s, and about 20 s to import and to draw weights.
+GPU = (
+    Work("llama-8b", "llama-405b", 32768, (0.1,), base_layers=1),
+    Work("qwen3-0.6b", "qwen3-32b", 131072, (0.05,), base_layers=2),
+    Work("qwen3-0.6b", "qwen3-32b", 131072, (0.05,), attention="sparse", base_layers=2),
+    Work("llama-1b", "llama-8b", 32768, (0.1,)),
+    Work("llama-8b", "llama-405b", 131072, (0.1,), base_layers=1),
+)
+# Everything that the README's table of a GPU shows; needs about an hour on an H100.
+GPU_FULL = tuple(
+    Work(speculator, base, tokens, KEEPS, attention=attention, base_layers=layers)
+    for speculator, base, layers in (
+        ("llama-1b", "llama-8b", None),
+        ("llama-8b", "llama-70b", 2),
+        ("llama-8b", "llama-405b", 1),
+        ("qwen3-0.6b", "qwen3-32b", 2),
+    )
+    for tokens in (4096, 8192, 16384, 32768, 65536, 131072)
+    for attention in ("dense", "sparse")
+)
+# On two CPU cores: short prompts, few layers of what is large.
+CPU = (
+    Work("smollm2-135m", "llama-1b", 4096, KEEPS),
+    Work("llama-1b", "llama-8b", 4096, KEEPS, base_layers=2),
+    Work("qwen3-0.6b", "qwen3-32b", 4096, KEEPS, base_layers=1),
+    Work("llama-8b", "llama-70b", 4096, KEEPS, base_layers=1, speculator_layers=2),
+    Work("llama-1b", "llama-8b", 16384, KEEPS, base_layers=1),
+    Work("qwen3-0.6b", "qwen3-32b", 16384, KEEPS, base_layers=1),
+)
+PLANS: Mapping[str, Sequence[Work]] = MappingProxyType({"gpu": GPU, "gpu-full": GPU_FULL, "cpu": CPU, "quick": QUICK})
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A least ratio of a pair at a budget on a GPU, and who reported it."""
+
+    speculator: str
+    base: str
+    keep: float
+    least_tokens: int
+    ratio: float
+    source: str
+
+
+GOALS = (
+    Goal("llama-8b", "llama-405b", 0.1, 32768, 7.66, "the paper, 405B"),
+    Goal("qwen3-0.6b", "qwen3-32b", 0.05, 131072, 10.4, "PFlash, 27B at 128K"),
+)
+
+
+def reached(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each row on a GPU that has a goal: said, never a reason to fail."""
+    lines = []
+    for row in rows:
+        for goal in GOALS:
+            same = (row["speculator"], row["base"]) == (title(goal.speculator), title(goal.base))
+            if not same or row["keep_ratio"] != goal.keep or row["tokens"] < goal.least_tokens:
+                continue
+            if not str(row["device"]).startswith("cuda"):
+                continue
+            met = row["ratio"] > goal.ratio
+            lines.append(
+                f"{row['speculator']} -> {row['base']}, {row['tokens']} tokens, keep {row['keep_ratio']:g}, speculator "
+                f"attention {row['speculator_attention']}: {row['ratio']:.2f}x, goal {goal.ratio:g}x ({goal.source}), "
+                f"limit {row['limit']:.2f}x{'' if met else ', NOT REACHED'}"
+            )
+    return lines
