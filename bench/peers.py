@@ -38,18 +38,20 @@ WHAT = {
     "before it is timed",
     "published": "the authors' steps: keys repeated for each query head, products in the model's dtype, weights of all "
     "layers kept and rounded to that dtype; in bf16 it is less exact than the definition",
-    "topk + sort": "the same selection and gather: mean of the state, chunk means, torch.topk, sort, indexing; ties and "
-    "short last chunks have no rule",
+    "topk + sort": "the same selection and gather: mean of the state, chunk means, torch.topk, sort, indexing; no rule "
+    "for ties",
     "published selection": "the authors' steps from the importance to kept positions: a Python loop over chunks; no "
     "mean over rows, no gather of ids",
     "kvpress SnapKV": "another score: mean over the window's rows and over each group's heads, per layer and KV head, "
-    "no maximum over heads and layers, products in the model's dtype; it also projects and rotates the window's queries, "
-    "which this library gets from the attention layer",
+    "no maximum over heads and layers, products in the model's dtype; it also projects and rotates the window's "
+    "queries, which this library gets from the attention layer",
 }
 PUBLISHED_BYTES = 4 * 2**30  # it is run on as many layers as stay below this
 
 
-def score_rows(m: Model, tokens: int, dtype: torch.dtype, share: int, ticks: Any, seconds: float) -> Iterator[dict]:
+def score_rows(
+    m: Model, tokens: int, dtype: torch.dtype, share: int, ticks: Any, seconds: float, compiling: bool = True
+) -> Iterator[dict[str, Any]]:
     """Scores: ours and each peer, from queries and keys to the importance."""
     layers = layers_within(m, tokens, dtype.itemsize, share)
     shape = f"{m.name} {size_name(tokens)} {str(dtype).removeprefix('torch.')}"
@@ -69,7 +71,7 @@ def score_rows(m: Model, tokens: int, dtype: torch.dtype, share: int, ticks: Any
         "published": (lambda: peers_published.importance(plain_queries[:few], plain_keys[:few]), few),
     }
     skipped: dict[str, str] = {}
-    compiled, reason = compile_eager(plain_queries[0], plain_keys[0])
+    compiled, reason = compile_eager(plain_queries[0], plain_keys[0]) if compiling else (None, "left out")
     if compiled is None:
         skipped["torch.compile"] = reason
     else:
@@ -105,6 +107,7 @@ def score_rows(m: Model, tokens: int, dtype: torch.dtype, share: int, ticks: Any
 def compile_eager(query: Tensor, key: Tensor) -> tuple[Callable[..., Tensor] | None, str]:
     """torch.compile of one layer, compiled; or None and why not."""
     try:
+        print("       torch.compile ...", file=sys.stderr, flush=True)
         torch._dynamo.reset()
         compiled = torch.compile(eager.score_layer, dynamic=False)
         compiled(torch.zeros(query.shape[0], key.shape[1]), query, key)
@@ -201,7 +204,7 @@ def kvpress_rows(python: str, options: argparse.Namespace, threads: int) -> list
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['op']:7}{row['shape']:32}{row['threads']}t  {row['peer']:21}"
+    head = f"{row['op']:14}{row['shape']:30}{row['threads']}t  {row['peer']:21}"
     if "skipped" in row:
         return f"{head} not here: {row['skipped']}"
     run = f", on {row['layers_run']} of {row['layers']} layers" if row.get("layers_run") != row.get("layers") else ""
@@ -217,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only models whose name contains this; 'select' for no scores")
     parser.add_argument("--key-mib", type=int, default=0, help="MiB of all layers' keys (default: the shapes' own)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each shape")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--kvpress-python", default="", help="a Python in whose environment kvpress is installed")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args(argv)
@@ -247,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
             for m in (m for m in grid.models if options.only in m.name):
                 for tokens in grid.prompts:
                     for dtype in grid.dtypes:
-                        keep(score_rows(m, tokens, getattr(torch, dtype), share, cold, options.seconds))
+                        keep(
+                            score_rows(m, tokens, getattr(torch, dtype), share, cold, options.seconds, options.compile)
+                        )
             if options.kvpress_python:
                 keep(kvpress_rows(options.kvpress_python, options, threads))
     finally:
