@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import aot_cases_attention
 import aot_cases_score
 import torch
 from aot_compile import Arch
@@ -17,6 +18,7 @@ from specprefill_kernels.ops.select import triton_config as select_config
 from specprefill_kernels.ops.select import triton_kernel as select
 from specprefill_kernels.ops.select.budget import Budget
 from specprefill_kernels.ops.select_tokens import triton_kernel as select_tokens
+from specprefill_kernels.ops.sparse_attention import triton_config as attention_config
 
 OPS = "specprefill_kernels.ops"
 
@@ -222,6 +224,9 @@ def rooms() -> list[Room]:
     def score_configs(arch: Arch) -> tuple:
         return score_config.configs(arch.target)
 
+    def attention_configs(arch: Arch) -> tuple:
+        return attention_config.configs(arch.target)
+
     return [
         Room(
             "score",
@@ -273,5 +278,15 @@ def rooms() -> list[Room]:
             SELECT_TOKENS_FACTORS,
             _select_tokens_call,
             whole=tuple(SELECT_TOKENS_FACTORS),
+        ),
+        Room(
+            "sparse_attention",
+            room_modules(f"{OPS}.sparse_attention"),
+            attention_configs,
+            aot_cases_attention.FACTORS,
+            aot_cases_attention.call,
+            aot_cases_attention.usable,
+            whole=("dtype", "head_dim", "block_size", "strides"),
+            needs_tensor_cores=True,
         ),
     ]

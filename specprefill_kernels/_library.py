@@ -252,7 +252,7 @@ def _block_sparse_attention(
 ) -> Tensor:
     run = _backends.implementation("block_sparse_attention", "block_sparse_attention", backend, query.device.type)
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    output: Tensor = run(query, key, value, indices, counts, block_size, factor)
+    output: Tensor = run(query, key, value, indices.contiguous(), counts.contiguous(), block_size, factor)
     return output
 
 
