@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from specprefill_kernels.ops.select.budget import Budget
+from specprefill_kernels.ops.sparse_attention.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -20,6 +21,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "queries": ("look_ahead", "observation_window", "both"),
         "normalize_over": ("prompt", "visible"),
         "window": ("mask", "skip"),
+        "speculator_attention": ("dense", "sparse"),
         "protect": ("template", "none"),
         "backend": ("auto", "reference", "cpu", "triton", "cuda"),
     }
@@ -79,6 +81,13 @@ class SpecPrefillConfig:
             than the prompt ("skip").
         prefill_chunk: prompt tokens that the speculator reads in one forward; None reads all at once. Bounds the memory
             of activations, which grows with it and not with the prompt.
+        speculator_attention: "dense", or "sparse": block-sparse attention while the speculator reads a prompt of more
+            than attention_keep_blocks * attention_block_size tokens, see `sparse_prefill_attention`. The rows that are
+            scored, decoded tokens, and layers with a soft cap or a sliding window stay dense; results say so.
+        attention_block_size: tokens of a block of sparse attention, a power of two from 16 to 256.
+        attention_keep_blocks: blocks that each block of queries reads, the following two included.
+        attention_sink_blocks: first blocks of the prompt that all read.
+        attention_local_blocks: last blocks up to its own that each reads, at least its own.
         protect: "template" keeps what a chat template stands for: system prompt, tool definitions, role markers and the
             end of the last user turn. "none" keeps only what a call's own `protect` names.
         turn_end_tokens: with protect="template", at most so many last tokens of the last user turn.
@@ -111,6 +120,11 @@ class SpecPrefillConfig:
     observation_rows: int = 32
     window: str = "mask"
     prefill_chunk: int | None = 4096
+    speculator_attention: str = "dense"
+    attention_block_size: int = 128
+    attention_keep_blocks: int = 32
+    attention_sink_blocks: int = 1
+    attention_local_blocks: int = 2
     protect: str = "template"
     turn_end_tokens: int = 32
     sink: int = 0
@@ -119,12 +133,21 @@ class SpecPrefillConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("look_ahead", "chunk_size", "pool_kernel_size", "observation_rows"):
+        for name in ("look_ahead", "chunk_size", "pool_kernel_size", "observation_rows", "attention_local_blocks"):
             _integer(name, getattr(self, name), 1)
-        for name in ("sink", "tail", "min_prompt_tokens", "turn_end_tokens"):
+        for name in ("sink", "tail", "min_prompt_tokens", "turn_end_tokens", "attention_sink_blocks"):
             _integer(name, getattr(self, name), 0)
         if self.prefill_chunk is not None:
             _integer("prefill_chunk", self.prefill_chunk, 1)
+        _integer("attention_block_size", self.attention_block_size, MIN_BLOCK_SIZE)
+        if self.attention_block_size > MAX_BLOCK_SIZE or self.attention_block_size & (self.attention_block_size - 1):
+            power = f"a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
+            _fail("attention_block_size", power, self.attention_block_size)
+        _integer("attention_keep_blocks", self.attention_keep_blocks, 1)
+        if self.attention_keep_blocks < self.attention_sink_blocks + self.attention_local_blocks:
+            fixed = self.attention_sink_blocks + self.attention_local_blocks
+            expected = f"at least attention_sink_blocks + attention_local_blocks = {fixed}"
+            _fail("attention_keep_blocks", expected, self.attention_keep_blocks)
         if self.pool_kernel_size % 2 == 0:
             _fail("pool_kernel_size", "an odd number (a centred window)", self.pool_kernel_size)
         for name, options in CHOICES.items():

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from specprefill_kernels.loop.attention import Attention, attention_handler, implementation_under
 from specprefill_kernels.loop.chunks import IMPLEMENTATIONS, chunk_attention
+from specprefill_kernels.loop.sparse import SparsePrefill
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Capture:
         self._stop_at: int | None = None
         self.unmasked: tuple[str, ...] = ()  # read by the mask functions, see attention.py
         self._done: Callable[[int], None] | None = None
+        self._sparse: SparsePrefill | None = None
 
     @contextmanager
     def running(
@@ -58,6 +60,7 @@ class Capture:
         stop_at: int | None = None,
         behind: bool = False,
         done: Callable[[int], None] | None = None,
+        sparse: SparsePrefill | None = None,
     ) -> Iterator[None]:
         """One forward whose last `rows` query rows count; 0 collects nothing.
 
@@ -66,9 +69,10 @@ class Capture:
                 stopped forward returns nothing: the `with` block ends where it was called. Modules are not touched.
             behind: the forward reads several tokens behind those in a cache, with masks made here.
             done: called with each layer's index when its keys and values will not be read from the cache again.
+            sparse: attends instead of the model's own attention, where it can; masks are then made here, too.
         """
-        self._rows, self._stop_at, self._done = rows, stop_at, done
-        self.unmasked = IMPLEMENTATIONS if behind else ()
+        self._rows, self._stop_at, self._done, self._sparse = rows, stop_at, done, sparse
+        self.unmasked = IMPLEMENTATIONS if behind or sparse is not None else ()
         try:
             with attention_handler(self._configs, self):
                 yield
@@ -93,6 +97,10 @@ class Capture:
                 self._done(layer)
             if layer == self._stop_at:
                 raise _ForwardDone
+        if self._sparse is not None:
+            output = self._sparse(ordinary, module, query, key, value, self._rows, **kwargs)
+            if output is not None:
+                return output, None
         if self.unmasked and implementation_under(module) in self.unmasked:
             return chunk_attention(ordinary, module, query, key, value, **kwargs)
         return ordinary(module, query, key, value, attention_mask, **kwargs)

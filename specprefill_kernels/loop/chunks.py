@@ -6,6 +6,7 @@ and no others: memory is bounded whatever the prompt's length, and a sliding win
 aligns a short query with the end of the keys by itself, and flex attention has masks of its own: both are left alone.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,20 +25,41 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 MAX_ENTRIES = 1 << 24
 
 # What plain SDPA computes nothing of: attention sinks, biases and soft caps stay with the model's own function.
-_PLAIN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "cache_position"}
+PLAIN = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "cache_position"}
 
 
-def chunk_lengths(total: int, chunk: int | None, last: int) -> list[int]:
+def chunk_lengths(
+    total: int, chunk: int | None, last: int, *, start: int = 0, block_size: int | None = None
+) -> list[int]:
     """Lengths of the forwards that read `total` tokens: at most `chunk` each, nearly equal, in order.
 
     The last is no shorter than `last` where there are so many tokens, even if `chunk` is.
+
+    Args:
+        start: position of the first token.
+        block_size: forwards begin at multiples of it, where `chunk` is no smaller.
     """
     if chunk is None or total <= chunk:
         return [total]
+    if block_size is not None and chunk >= block_size:
+        return _whole_blocks(total, chunk // block_size, last, start, block_size)
     final = min(total, max(last, total // -(-total // chunk)))
     rest = total - final
     count = -(-rest // chunk)
     return [rest // count + (i < rest % count) for i in range(count)] + [final]
+
+
+def _whole_blocks(total: int, chunk_blocks: int, last: int, start: int, block_size: int) -> list[int]:
+    end = start + total
+    first, blocks = start // block_size, -(-end // block_size) - start // block_size
+    count = -(-blocks // chunk_blocks)
+    cuts = [(first + blocks * i // count) * block_size for i in range(1, count)]
+    while cuts and end - cuts[-1] < last:
+        cuts.append(cuts.pop() - block_size)
+        if cuts[-1] <= (cuts[-2] if len(cuts) > 1 else start):
+            cuts.pop()
+    bounds = [start, *cuts, end]
+    return [high - low for low, high in pairwise(bounds)]
 
 
 def chunk_attention(
@@ -59,9 +81,14 @@ def chunk_attention(
     if window is not None and window >= total:
         window = None
     eager = ordinary is not ALL_ATTENTION_FUNCTIONS["sdpa"]
-    plain = not eager and not any(kwargs[name] is not None for name in kwargs.keys() - _PLAIN) and not module.training
+    plain = not eager and not any(kwargs[name] is not None for name in kwargs.keys() - PLAIN) and not module.training
     if plain and window is None and _flash_takes(query):
         return lower_right_attention(query, key, value, kwargs.get("scaling")), None
+    if plain and window is None and rows == total:
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=heads != key.shape[1]
+        )
+        return output.transpose(1, 2).contiguous(), None
     span = total if window is None else min(total, rows + window - 1)
     step = max(1, MAX_ENTRIES // (span * (heads if eager else 1)))
     pieces = []

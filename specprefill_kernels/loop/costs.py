@@ -363,6 +363,9 @@ def identity_of(
     }[config.queries]
     identity["score_layers"] = "all" if config.score_layers is None else ", ".join(map(str, config.score_layers))
     identity["prefill_chunk"] = str(config.prefill_chunk)
+    if config.speculator_attention == "sparse":
+        blocks = f"{config.attention_keep_blocks} blocks of {config.attention_block_size}"
+        identity["speculator_attention"] = f"sparse, {blocks}"
     return MappingProxyType(identity)
 
 

@@ -21,7 +21,7 @@ class SpeculatorMemory:
     def __init__(self) -> None:
         self._ids = torch.empty(0, dtype=torch.int64)
         self._cache: Cache | None = None
-        self._needs: tuple[Any, int, bool] | None = None
+        self._needs: tuple[Any, ...] | None = None
 
     def __len__(self) -> int:
         """Tokens of the prompt that it stands for."""
@@ -41,7 +41,7 @@ class SpeculatorMemory:
     def extended(
         self,
         input_ids: Tensor,
-        needs: tuple[Any, int, bool],
+        needs: tuple[Any, ...],
         rows: int,
         room: int,
         new_cache: Callable[[], Cache],
@@ -52,7 +52,7 @@ class SpeculatorMemory:
 
         Args:
             input_ids: [1, T].
-            needs: the model, how many of its layers run, and whether they decode: caches of others do not fit.
+            needs: the model, and how it runs (layers, decoding, attention): caches of others do not fit.
             rows: last prompt tokens that have to run in any case, for their queries.
             room: tokens that will be decoded.
             new_cache: makes an empty one.

@@ -94,6 +94,11 @@ class SpecPrefill:
         layer_range = None
         if self_layers is not None:
             layer_range = layer_range_of(self_layers, num_layers(base))
+            if config.speculator_attention != "dense":
+                raise ValueError(
+                    'speculator_attention: expected "dense" with self_layers, whose layers answer from what they read, '
+                    f"got {config.speculator_attention!r}"
+                )
             # The lower layers alone decode nothing.
             config = config.replace(queries="observation_window")
         scorer = base if speculator is None else speculator

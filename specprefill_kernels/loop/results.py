@@ -37,6 +37,10 @@ class PromptSelection:
         prediction: what a cost model, where one was given, predicted for both ways.
         cached: a `SelectionCache` knew this selection; no speculator ran.
         reused_tokens: speculator tokens that a `Session` did not have to compute again.
+        speculator_attention: how the speculator read the prompt: "dense", "sparse" (`config.speculator_attention`, at
+            least in some layers), or "none" when no speculator ran.
+        attention_reason: for "sparse" which blocks were read in how many layers, and why others were dense; for "dense"
+            why, where sparse was asked for.
     """
 
     input_ids: Tensor = field(repr=False)
@@ -57,6 +61,8 @@ class PromptSelection:
     prediction: Prediction | None = None
     cached: bool = False
     reused_tokens: int = 0
+    speculator_attention: str = "none"
+    attention_reason: str = ""
 
     @property
     def prompt_tokens(self) -> int:

@@ -35,6 +35,7 @@ class Captured:
         tokens: the decoded tokens, one per decoded row.
         reused_tokens: prompt tokens whose keys a `SpeculatorMemory` had already. The key tensors are then views of the
             memory's buffers: score them before the memory is used again.
+        attention: how the prompt was read, "dense" or "sparse", and in words why.
     """
 
     layers: Mapping[int, LayerCapture]
@@ -44,6 +45,7 @@ class Captured:
     look_ahead: int
     tokens: tuple[int, ...] = ()
     reused_tokens: int = 0
+    attention: tuple[str, str] = ("dense", "")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Speculation:
         backend: which implementation scored.
         layer_importance: [len(layers), T] fp32, the importance by each layer alone, where it was asked for.
         reused_tokens: prompt tokens that the speculator did not compute again.
+        attention: how the speculator read the prompt, "dense" or "sparse", and in words why.
     """
 
     importance: Tensor
@@ -68,6 +71,7 @@ class Speculation:
     backend: str
     layer_importance: Tensor | None = None
     reused_tokens: int = 0
+    attention: tuple[str, str] = ("dense", "")
 
 
 def prompt_rows(config: SpecPrefillConfig) -> int:
@@ -160,6 +164,7 @@ def score_captured(
         backend=resolve("score_layers", config.backend, home.type),
         layer_importance=torch.stack(alone) if per_layer else None,
         reused_tokens=captured.reused_tokens,
+        attention=captured.attention,
     )
 
 

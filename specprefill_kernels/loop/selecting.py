@@ -168,6 +168,9 @@ class Selector:
             reason = f"kept {count} of {seq_len} tokens{_account(protection)}"
         if overflow:
             reason += _overflow(must_keep, config, seq_len)
+        attention, attention_reason = speculation.attention
+        if attention_reason:
+            reason += f"; speculator attention {attention}: {attention_reason}"
         used = {speculation.backend, resolve("select_chunks", config.backend, importance.device.type)}
         layers = speculation.layer_importance
         return PromptSelection(
@@ -188,6 +191,8 @@ class Selector:
             layer_importance=None if layers is None else layers.to(self._device),
             prediction=prediction,
             reused_tokens=speculation.reused_tokens,
+            speculator_attention=attention,
+            attention_reason=attention_reason,
         )
 
     def _dense(

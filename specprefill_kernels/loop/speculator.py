@@ -12,6 +12,8 @@ A prompt longer than `prefill_chunk` is read in several forwards, which leave th
 activations are as large as a chunk asks. All but the last forward end at the top layer that is needed, before its
 attention runs. Where nothing is decoded, a layer's cache goes as soon as the last forward has passed it, but for the
 keys that will be scored.
+
+With `speculator_attention="sparse"` the prompt is read with block-sparse attention (sparse.py); decoding stays dense.
 """
 
 from functools import partial
@@ -37,6 +39,7 @@ from specprefill_kernels.loop.scoring import (
     prompt_rows,
     score_captured,
 )
+from specprefill_kernels.loop.sparse import SparsePrefill, settings
 from specprefill_kernels.loop.support import context_length, head_options, num_layers
 
 __all__ = ["Captured", "NothingToScore", "Speculation", "Speculator"]
@@ -105,23 +108,34 @@ class Speculator:
         clock = clock or StageClock(input_ids.device)
         capture = Capture(self._configs, self._layers)
         rows, ahead = prompt_rows(self.config), look_ahead_rows(self.config)
+        sparse = SparsePrefill(self.config, length) if self.config.speculator_attention == "sparse" else None
         if memory is None:
-            tokens = self._read(input_ids, 0, None, capture, clock)
+            tokens = self._read(input_ids, 0, None, capture, sparse, clock)
             reused = 0
         else:
-            needs = (self.model, self._depth, ahead > 1)
+            needs = (self.model, self._depth, ahead > 1, settings(self.config))
             with memory.extended(input_ids, needs, rows, ahead - 1, self._new_cache) as (cache, reused):
-                tokens = self._read(input_ids, reused, cache, capture, clock)
-        return Captured(capture.layers, length, self._num_layers, rows, ahead, tuple(tokens), reused)
+                tokens = self._read(input_ids, reused, cache, capture, sparse, clock)
+        attention = ("dense", "") if sparse is None else sparse.outcome()
+        return Captured(capture.layers, length, self._num_layers, rows, ahead, tuple(tokens), reused, attention)
 
     def _read(
-        self, input_ids: Tensor, reused: int, cache: Cache | None, capture: Capture, clock: StageClock
+        self,
+        input_ids: Tensor,
+        reused: int,
+        cache: Cache | None,
+        capture: Capture,
+        sparse: SparsePrefill | None,
+        clock: StageClock,
     ) -> list[int]:
         """Run the model over the prompt from token `reused` on, then decode; returns the decoded tokens."""
+        if sparse is not None and sparse.problem is not None:
+            sparse = None
         length, steps = input_ids.shape[1], look_ahead_rows(self.config) - 1
         rows = prompt_rows(self.config)
         with clock.stage("speculator_prefill"):
-            lengths = chunk_lengths(length - reused, self.config.prefill_chunk, rows)
+            block = None if sparse is None else self.config.attention_block_size
+            lengths = chunk_lengths(length - reused, self.config.prefill_chunk, rows, start=reused, block_size=block)
             remembered = cache is not None
             if cache is None and (steps or len(lengths) > 1):
                 cache = self._new_cache()
@@ -130,15 +144,15 @@ class Speculator:
             start = reused
             for part in lengths[:-1]:
                 # Of these, only keys and values are needed: the top layer's attention never runs.
-                with capture.running(0, stop_at=self._depth - 1, behind=start > 0):
+                with capture.running(0, stop_at=self._depth - 1, behind=start > 0, sparse=sparse):
                     self._forward_body(input_ids[:, start : start + part], cache)
                 start += part
             if not steps:
                 leave = None if cache is None or remembered else partial(_leave, cache)
-                with capture.running(rows, stop_at=self._depth - 1, behind=start > 0, done=leave):
+                with capture.running(rows, stop_at=self._depth - 1, behind=start > 0, done=leave, sparse=sparse):
                     self._forward_body(input_ids[:, start:], cache)
                 return []
-            with capture.running(rows, behind=start > 0):
+            with capture.running(rows, behind=start > 0, sparse=sparse):
                 logits = self._forward(input_ids[:, start:], cache)
         with clock.stage("look_ahead"):
             return self._look_ahead(logits, cache, capture, input_ids)
