@@ -25,16 +25,22 @@ SPECPREFILL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; 
 
 // ---- keys: a panel is [head_dim / kLanes, kPanel, kLanes] floats ----
 
-SPECPREFILL_INLINE const char* token_address(const KeySource& keys, int64_t t) {
-  if (!keys.block_table) return keys.base + t * keys.token_bytes;
-  const int64_t block = keys.block_table[t / keys.block_size];
-  return keys.base + block * keys.block_bytes + (t % keys.block_size) * keys.token_bytes;
-}
-
 // Where `count` tokens from `first` on lie; nullptr for those that may not be read.
 static void locate(const KeySource& keys, int64_t first, int64_t count, const char* (&token)[kPanel]) {
   const int64_t here = smaller(count, keys.tokens - first);
-  for (int64_t i = 0; i < kPanel; ++i) token[i] = i < here ? token_address(keys, first + i) : nullptr;
+  for (int64_t i = larger(here, 0); i < kPanel; ++i) token[i] = nullptr;
+  if (!keys.block_table) {
+    const char* p = keys.base + first * keys.token_bytes;
+    for (int64_t i = 0; i < here; ++i) token[i] = p + i * keys.token_bytes;
+    return;
+  }
+  for (int64_t i = 0; i < here;) {
+    const int64_t slot = (first + i) % keys.block_size;
+    const int64_t block = keys.block_table[(first + i) / keys.block_size];
+    const char* p = keys.base + block * keys.block_bytes + slot * keys.token_bytes;
+    for (int64_t left = smaller(keys.block_size - slot, here - i); left; --left, ++i, p += keys.token_bytes)
+      token[i] = p;
+  }
 }
 
 // Up to kLanes elements from `p` on, the rest zeros; never reads beyond them.

@@ -13,18 +13,20 @@ namespace specprefill {
 struct RowLanes {
   int64_t lanes;    // per vector
   int64_t rows;     // look-ahead rows of one head
-  int64_t padded;   // lanes that one head's rows take: a power of two up to `lanes`, or whole vectors
+  int64_t padded;   // lanes that one head's rows take: `rows`, or whole vectors
   int64_t heads;    // heads per vector; 1 where a head takes whole vectors
   int64_t blocks;   // vectors per head; 1 where a vector holds whole heads
   int64_t vectors;  // of the whole group
 
   RowLanes() = default;
   RowLanes(int64_t lanes_of_vector, int64_t num_rows, int64_t group)
-      : lanes(lanes_of_vector), rows(num_rows), padded(1), heads(1), blocks(1) {
-    while (padded < num_rows && padded < lanes) padded *= 2;
-    if (num_rows > lanes) padded = (num_rows + lanes - 1) / lanes * lanes;
-    blocks = padded > lanes ? padded / lanes : 1;
-    heads = padded < lanes ? lanes / padded : 1;
+      : lanes(lanes_of_vector), rows(num_rows), padded(num_rows), heads(1), blocks(1) {
+    if (rows > lanes) {
+      blocks = (rows + lanes - 1) / lanes;
+      padded = blocks * lanes;
+    } else {
+      heads = lanes / rows;
+    }
     vectors = (group + heads - 1) / heads * blocks;
   }
 

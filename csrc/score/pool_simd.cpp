@@ -108,9 +108,8 @@ void pool_max(const PoolRows& rows, float* best, int64_t stride) {
   for (int64_t i = 0; i < rows.count; ++i) raise(best + i * stride, load(sums + i * kLanes));
 }
 
-// kLanes tokens of row n, from token t on, of which `count` are there.
-static void raise_state(const StateRows& rows, int64_t n, int64_t t, int64_t count, vf best) {
-  float* state = rows.state + n * rows.stride + t;
+// What the sums of windows around kLanes tokens from t on are divided by.
+static vf divisors(const StateRows& rows, int64_t t) {
   vf divisor = splat(rows.divisor);
   if (rows.divisor == 0.0f) {
     const int64_t half = rows.width / 2;
@@ -118,17 +117,23 @@ static void raise_state(const StateRows& rows, int64_t n, int64_t t, int64_t cou
       divisor[i] = (float)(smaller(t + i + half, rows.length - 1) - larger(t + i - half, 0) + 1);
     }
   }
-  float part[kLanes] = {};
-  memcpy(part, state, count * sizeof(float));
-  const vf pooled = best / divisor, old = load(part);
-  store(part, pooled > old ? pooled : old);
-  memcpy(state, part, count * sizeof(float));
+  return divisor;
+}
+
+SPECPREFILL_INLINE void raise_state(float* state, int64_t count, vf pooled) {
+  if (count == kLanes) {
+    const vf old = load(state);
+    store(state, pooled > old ? pooled : old);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) state[i] = pooled[i] > state[i] ? pooled[i] : state[i];
 }
 
 void fold(const StateRows& rows, float* best) {
   const int64_t lanes = rows.padded < kLanes ? kLanes : rows.padded;  // per token
   for (int64_t i = 0; i < rows.count; i += kLanes) {
     const int64_t here = smaller(kLanes, rows.count - i);
+    const vf divisor = divisors(rows, rows.first + i);
     for (int64_t block = 0; block < lanes; block += kLanes) {
       vf tokens[kLanes];
       for (int64_t k = 0; k < kLanes; ++k) tokens[k] = k < here ? load(best + (i + k) * lanes + block) : vf{};
@@ -137,7 +142,7 @@ void fold(const StateRows& rows, float* best) {
       for (int64_t n = 0; n < kLanes && n < rows.padded && block + n < rows.rows; ++n) {
         vf top = tokens[n];
         for (int64_t head = 1; head < heads; ++head) top = max(top, tokens[head * rows.padded + n]);
-        raise_state(rows, block + n, rows.first + i, here, top);
+        raise_state(rows.state + (block + n) * rows.stride + rows.first + i, here, top / divisor);
       }
     }
   }
