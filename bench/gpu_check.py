@@ -1,8 +1,8 @@
 """Everything a GPU machine can tell, in parts with time limits of their own, within nine minutes: see gpu_check.sh.
 
 Needs nothing but what stands there: torch, Triton, pytest; CMake, Ninja, pybind11, a C++ compiler and nvcc for the
-kernels, which are compiled for this machine's GPU alone; compute-sanitizer where it is. This file itself imports the
-standard library alone.
+kernels, which are compiled for this machine's GPU alone; Transformers for times to first token; compute-sanitizer where
+it is. This file itself imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
     missing.append({GPU!r})
 print("; ".join(missing))
 """
-RESULTS = ("timing.txt", "timing.json", "tests.txt", "tests.json", "check.json", "check.txt", "logs.tar.gz")
+SHOWN = ("timing.txt", "ttft.txt", "scaling.txt", "tests.txt")  # in the table that is printed last
+OTHERS = ("timing.json", "ttft.json", "scaling.json", "tests.json", "ops.json", "roofline.json")
+RESULTS = (*SHOWN, *OTHERS, "check.json", "check.txt", "logs.tar.gz")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = ("cuda", "triton")  # each backend in processes of its own: a fault in one hides none in the other
 
@@ -62,23 +64,43 @@ class Outcome:
 
 
 def the_parts(out: Path) -> list[Part]:
-    """Their limits add to 525 s: what runs beside another part has that one's time."""
+    """Their limits add to 535 s: what runs beside another part has that one's time.
+
+    About a thousand Triton kernels are compiled by the tests, a second of one core each: 85 s and what it takes to
+    start 16 processes. `ttft` starts no row that would end after its own, shorter limit.
+    """
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     where = shlex.quote(str(out))
     found = [
-        Part("build", f"{PYTHON} -m bench.gpu_build", 80),
-        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 225 --out {where}", 240),
+        Part("build", f"{PYTHON} -m bench.gpu_build", 75),
+        Part("gpu tests", f"{PYTHON} -m bench.gpu_tests --seconds 175 --out {where}", 190),
     ]
     if sanitizer:
         # Without a tool first, beside the tests: it compiles what all four tools would compile at once.
-        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize --backend triton", 240, beside=True))
+        found.append(Part("sanitizer none", f"{PYTHON} -m bench.sanitize --backend triton", 190, beside=True))
         for i, (backend, tool) in enumerate(itertools.product(SANITIZED, SANITIZER_TOOLS)):
             # API errors are left out: torch asks the driver for things that it may not have.
             how = f"--tool {tool} --error-exitcode 9 --report-api-errors no --target-processes application-only"
             command = f"{sanitizer} {how} {PYTHON} -m bench.sanitize --backend {backend}"
-            found.append(Part(f"{tool} {backend}", command, 70, beside=i > 0))
-    found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 110 --out {where}", 135))
+            found.append(Part(f"{tool} {backend}", command, 60, beside=i > 0))
+    found.append(Part("roofline", f"{PYTHON} -m bench.roofline --device cuda --out {where}", 25))
+    found.append(Part("timing", f"{PYTHON} -m bench.timing --limit 75 --out {where}", 95))
+    found.append(Part("ttft", f"{PYTHON} -m bench.ttft --device cuda --plan gpu --limit 75 --out {where}", 90))
     return found
+
+
+def more_parts(out: Path) -> list[Part]:
+    """The long measurements, as far as they come within the same time: 535 s again."""
+    where, json_file = shlex.quote(str(out)), shlex.quote(str(out / "ops.json"))
+    models = "--model Llama-3.1-8B --verify 16384"
+    micro = "--device cuda --roofline {0}/roofline.json --benchmark-json={1} -q -p no:cacheprovider"
+    return [
+        Part("build", f"{PYTHON} -m bench.gpu_build", 75),
+        Part("roofline", f"{PYTHON} -m bench.roofline --device cuda --out {where}", 25),
+        Part("ttft", f"{PYTHON} -m bench.ttft --device cuda --plan gpu-full --limit 165 --out {where}", 180),
+        Part("scaling", f"{PYTHON} -m bench.scaling --device cuda {models} --out {where}", 105),
+        Part("ops", f"{PYTHON} -m pytest bench/ {micro.format(where, json_file)}", 150),
+    ]
 
 
 def missing() -> str:
@@ -174,8 +196,8 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def table(outcomes: list[Outcome], out: Path) -> str:
-    """What is printed last: the timing table, the tests' counts, and each part's verdict."""
-    blocks = [file.read_text().strip() for name in ("timing.txt", "tests.txt") if (file := out / name).exists()]
+    """What is printed last: the tables, the tests' counts, and each part's verdict."""
+    blocks = [file.read_text().strip() for name in SHOWN if (file := out / name).exists()]
     verdicts = [f"{outcome.name:22}{outcome.verdict:14}{outcome.seconds:6.0f} s" for outcome in outcomes]
     return "\n\n".join([*blocks, "\n".join(verdicts)])
 
@@ -183,6 +205,7 @@ def table(outcomes: list[Outcome], out: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench/results"))
+    parser.add_argument("--more", action="store_true", help="the long measurements instead: see more_parts")
     parser.add_argument("--only", default="", help="comma-separated beginnings of the names of parts to run")
     parser.add_argument(
         "--parts", type=Path, help="JSON list of parts to run instead, on any machine: tries this script"
@@ -198,7 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     (out / "logs").mkdir(parents=True)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)  # an earlier run's results are no results of this one
-    parts = [Part(**part) for part in json.loads(options.parts.read_text())] if options.parts else the_parts(out)
+    if options.parts:
+        parts = [Part(**part) for part in json.loads(options.parts.read_text())]
+    else:
+        parts = more_parts(out) if options.more else the_parts(out)
     wanted = tuple(filter(None, options.only.split(",")))
     if wanted:
         parts = [part for part in parts if part.name.startswith(wanted)]

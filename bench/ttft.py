@@ -111,7 +111,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Job]]:
         report["rows"] = earlier(options.out / "ttft.json", report["environment"])
     if real and not options.pair:
         raise ValueError("weights: expected --pair with --weights real, got a plan")
-    rate = Rate.of(options.device, dtype, 4096 if options.device.startswith("cuda") else 1024)
+    rate = Rate.of(options.device, dtype, 4096 if options.device.startswith("cuda") else 2048)
     report["matmul_flops_per_second"] = rate.value
     if real:
         return report, [job for pair in options.pair for job in _real_jobs(options, _pair(pair), dtype, rate)]

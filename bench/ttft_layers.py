@@ -71,7 +71,7 @@ class BaseLayers:
         """(seconds outside and inside the k layers, logits [1, V])."""
         clock = StageClock(self.model.device)
         hooks = [
-            self._first.register_forward_pre_hook(lambda *_: clock.switch(LAYERS)),
+            self._first.register_forward_pre_hook(lambda *_: clock.switch(LAYERS), prepend=True),
             self._last.register_forward_hook(lambda *_: clock.switch(OUTSIDE)),
         ]
         try:

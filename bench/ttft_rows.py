@@ -97,7 +97,7 @@ class Rate:
     def of(cls, device: str, dtype: torch.dtype, size: int) -> Rate:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         seconds = []
-        for _ in range(4):
+        for _ in range(6):
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             start = time.perf_counter()

@@ -62,8 +62,8 @@ def table(report: Mapping[str, Any]) -> str:
     text = [describe(report["environment"]), *_grid(rows)]
     if rows:
         text += [
-            "ratio = full / speculative; limit = full / (speculator + look-ahead + base): what the models' costs allow at",
-            "this budget; any budget = full / (speculator + look-ahead): what no budget passes. Medians, in turn.",
+            "ratio = full / speculative; limit = full / (speculator + look-ahead + base): what the models' costs allow",
+            "at this budget; any budget = full / (speculator + look-ahead): what no budget passes. Medians, in turn.",
         ]
     if any(row["weights"] == "random" for row in rows):
         text += [
