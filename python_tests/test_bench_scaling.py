@@ -155,6 +155,7 @@ def test_the_command(tmp_path, capsys):
         assert row["verified"]
         assert (row["backend"], row["device"], row["threads"]) == ("cpu", "cpu", 1)
         assert row["seconds"]["runs"] >= 2 * scaling.LEAST_CALLS
+        assert row["copy_seconds"]["runs"] == row["seconds"]["runs"]
         assert row["rate"] == pytest.approx(row["bytes"] / row["seconds"]["p50"])
         assert ("peak_bytes" in row) != ("peak_bytes_unknown" in row)
         assert ("layer_seconds" in row) == (row["op"] == "score_layers")
