@@ -4,6 +4,8 @@
     python3 run.py demo [args]      speculative prefill on a real model and a real document (specprefill demo [args])
     python3 run.py eval [args]      what answers lose, measured (specprefill eval [args])
     python3 run.py test [args]      the tests (pytest python_tests [args])
+    python3 run.py bench [JOB args] the measurements of bench/: ops, goals, peers, roofline, scaling, ttft, timing or
+                                    report; without a job ops, then report
     python3 run.py triton [args]    the Triton kernels without a GPU: their tests in Triton's interpreter, then all of
                                     them compiled for every architecture (python_tests/aot.py [args])
     python3 run.py setup [extras]   only the set-up
@@ -44,6 +46,7 @@ EXTRAS = {
     "demo": "demo",
     "eval": "eval",
     "test": "test",
+    "bench": "bench",
     "triton": "test,triton",
     "lint": "dev",
     "sanitize": "dev",
@@ -56,7 +59,21 @@ HELD = {
     "browser": {"test", "eval", "demo"},
     "test": {"eval", "demo"},
     "eval": {"demo"},
+    "bench": {"demo"},
 }
+# What `bench JOB` runs.
+BENCHES = {
+    "ops": ("-m", "pytest", "bench"),
+    "goals": ("-m", "bench.score_goals"),
+    "peers": ("-m", "bench.peers"),
+    "roofline": ("-m", "bench.roofline"),
+    "scaling": ("-m", "bench.scaling"),
+    "ttft": ("-m", "bench.ttft"),
+    "timing": ("-m", "bench.timing"),
+    "report": ("-m", "bench.report"),
+}
+# A peer that is measured, in an environment of its own: it wants another transformers than the loop is tested with.
+KVPRESS = "kvpress==0.5.5"
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
@@ -279,6 +296,49 @@ def triton(args: list[str]) -> int:
     return tests or compiled
 
 
+def install_kvpress() -> str | None:
+    """The Python of an environment with kvpress beside the same torch, made once (1.4 GB); None where that fails."""
+    place = VENV / "kvpress"
+    python, done = place / "bin" / "python", place / "done"
+    if done.exists() and done.read_text() == KVPRESS:
+        return str(python)
+    shutil.rmtree(place, ignore_errors=True)
+    into = pip("--python", str(python), "install")
+    torch = [*into, TORCH]
+    if (VENV / "bin" / "uv").exists():  # this machine's CPU build of torch came that way
+        torch = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(python), "--torch-backend=cpu", TORCH]
+    steps = (
+        ("environment for kvpress", [str(PYTHON), "-m", "venv", "--without-pip", str(place)]),
+        (f"{TORCH} for kvpress", torch),
+        (KVPRESS, [*into, KVPRESS]),
+    )
+    for title, command in steps:
+        failure = run_step(title, command)
+        if failure:
+            print(f"run.py: {title}: {failure}; peers are measured without kvpress (see {LOG})", file=sys.stderr)
+            return None
+    done.write_text(KVPRESS)
+    return str(python)
+
+
+def bench(args: list[str]) -> int:
+    """One job with its arguments, or the microbenchmarks and the report."""
+    job = args[0] if args else ""
+    if not args:
+        return bench(["ops"]) or bench(["report"])
+    if job not in BENCHES:
+        print(f"run.py bench: expected one of {', '.join(BENCHES)}, got {job}", file=sys.stderr)
+        return 2
+    command = [str(PYTHON), *BENCHES[job], *args[1:]]
+    if job == "ops" and not any(arg.startswith(("--benchmark-json", "--help", "--co")) for arg in args):
+        (ROOT / "bench" / "results").mkdir(exist_ok=True)
+        command.append("--benchmark-json=bench/results/ops.json")
+    if job == "peers" and not any(arg.startswith("--kvpress-python") or arg in ("-h", "--help") for arg in args):
+        kvpress = install_kvpress()
+        command += ["--kvpress-python", kvpress] if kvpress else []
+    return call(*command)
+
+
 def main(argv: list[str]) -> int:
     job, args = (argv[0], argv[1:]) if argv else ("help", [])
     if job not in EXTRAS:
@@ -294,6 +354,8 @@ def main(argv: list[str]) -> int:
         return call(str(VENV / "bin" / "specprefill"), job, *args)
     if job == "test":
         return call(python, "-m", "pytest", *args)
+    if job == "bench":
+        return bench(args)
     if job == "triton":
         return triton(args)
     if job == "lint":

@@ -31,7 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", choices=tuple(GRIDS), default="default", help="quick only tries the harness")
     group.addoption("--backend", default="", help="comma-separated (default: cpu; on a GPU triton,cuda); or reference")
     group.addoption("--op", default="", help="only ops whose name contains this")
-    group.addoption("--warm", action="store_true", help="leave the caches as the call before left them")
+    group.addoption(
+        "--caches",
+        choices=microbench.CACHES,
+        default="auto",
+        help="before each call on a CPU: cold, filled with something else; warm, left as they are; auto, cold for what "
+        "reads keys (scores, gather_kv) and warm for what reads the step before's output",
+    )
     group.addoption("--key-mib", type=int, default=0, help="MiB that all layers' keys may take together")
     group.addoption("--round-seconds", type=float, default=0.0, help="seconds of timing for each benchmark")
     group.addoption("--roofline", type=Path, help="a file of bench.roofline, instead of measuring the ceilings now")
@@ -76,7 +82,7 @@ def bench_session(request: pytest.FixtureRequest) -> microbench.Session:
     known = json.loads(saved.read_text())["ceilings"] if saved else []
     device = config.getoption("--device")
     session = microbench.Session(
-        device, quick, not config.getoption("--warm"), config.getoption("--round-seconds") or _seconds(config), known
+        device, quick, config.getoption("--caches"), config.getoption("--round-seconds") or _seconds(config), known
     )
     config._specprefill_session = session  # type: ignore[attr-defined]
     return session
@@ -98,9 +104,10 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     """The saved file says where its figures come from, and what the machine's ceilings are."""
     del benchmarks
     output_json["environment"] = environment(config.getoption("--device"))
+    output_json["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
     session = getattr(config, "_specprefill_session", None)
     output_json["ceilings"] = [] if session is None else list(session.ceilings.values())
-    output_json["caches"] = "warm" if config.getoption("--warm") else "cold"
+    output_json["caches"] = config.getoption("--caches")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

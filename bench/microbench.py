@@ -19,6 +19,9 @@ from bench.problems import Problem, verify
 from bench.shapes import Model, size_name
 
 LEAST, MOST = 5, 50  # rounds
+# What these read has just been written by the step before, and is small; keys are the whole prompt's.
+WARM = {"finalize_importance", "select_chunks", "select_tokens", "gather_tokens"}
+CACHES = ("auto", "cold", "warm")
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class Session:
     """What the tests of one run share: the clock, the ceilings, and the problem that is being measured."""
 
     def __init__(
-        self, device: str, quick: bool, cold: bool, seconds: float, known: Sequence[Mapping[str, Any]] = ()
+        self, device: str, quick: bool, caches: str, seconds: float, known: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        self.device, self.quick, self.cold, self.seconds = device, quick, cold, seconds
-        self.ticks = measure.clock(device, quick, cold)
+        self.device, self.quick, self.caches, self.seconds = device, quick, caches, seconds
+        self._clocks = {cold: measure.clock(device, quick, cold) for cold in (True, False)}
         self.ceilings: dict[int, dict[str, Any]] = {row["threads"]: dict(row) for row in known}
         self.rows: list[Mapping[str, Any]] = []
         self._made: tuple[Callable[[], Problem], Problem, list[torch.Tensor]] | None = None
@@ -75,6 +78,12 @@ class Session:
         if threads not in self.ceilings:
             self.ceilings[threads] = roofline.ceilings(self.device, threads, self.quick)
         return self.ceilings[threads]
+
+    def cold(self, op: str) -> bool:
+        """A GPU's caches are always flushed: they are small beside what a prefill has just moved through them."""
+        if self.device == "cuda" or self.caches == "cold":
+            return True
+        return self.caches == "auto" and op not in WARM
 
     def problem(self, make: Callable[[], Problem]) -> tuple[Problem, list[torch.Tensor]]:
         """The problem and its right result; the one before is let go first, as both may not fit."""
@@ -96,22 +105,24 @@ class Session:
         call = partial(problem.call, case.backend)
         timed = measure.graph_of(call) if case.graph else call
         eager = self._eager(problem, case)
+        cold = self.cold(case.op)
+        ticks = self._clocks[cold]
         others: list[float] = []
 
         def before_a_round() -> None:
             if eager is not None:
-                others.append(self.ticks.seconds(eager))
+                others.append(ticks.seconds(eager))
             measure.device_timer.arm()
-            self.ticks.flush()
+            ticks.flush()
 
         benchmark.group = problem.op
         benchmark.pedantic(
-            timed, setup=before_a_round, rounds=self._rounds(timed, eager), warmup_rounds=0 if self.quick else 1
+            timed, setup=before_a_round, rounds=self._rounds(ticks, timed, eager), warmup_rounds=0 if self.quick else 1
         )
         if benchmark.stats is None:  # --benchmark-disable: nothing was timed
             return
         seconds = sorted(benchmark.stats.stats.data)
-        floor = roofline.floor(ceiling, problem.traffic, problem.flops, problem.dtype)
+        floor = roofline.floor(ceiling, problem.traffic, problem.flops, problem.dtype, cold)
         benchmark.extra_info |= described(problem, case, seconds, floor, peak)
         if others:
             # The first is from the round that warmed up.
@@ -119,7 +130,7 @@ class Session:
             benchmark.extra_info["ratios"] = {"eager": plain / statistics.median(seconds)}
             benchmark.extra_info["eager_seconds"] = plain
             benchmark.extra_info["eager_layers"] = round(problem.layers / problem.eager_times)
-        benchmark.extra_info["cold"] = self.cold
+        benchmark.extra_info["cold"] = cold
         self.rows.append(benchmark.extra_info)
 
     def _eager(self, problem: Problem, case: Case) -> Callable[[], object] | None:
@@ -127,10 +138,10 @@ class Session:
             return None
         return problem.eager or partial(problem.call, "reference")
 
-    def _rounds(self, call: Callable[[], object], eager: Callable[[], object] | None) -> int:
+    def _rounds(self, ticks: Any, call: Callable[[], object], eager: Callable[[], object] | None) -> int:
         """As many as the seconds allow, from one call's time."""
         started = time.perf_counter()
-        self.ticks.flush()
+        ticks.flush()
         for one in (call, eager):
             if one is not None:
                 one()

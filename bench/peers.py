@@ -227,10 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     grid, quick = GRIDS[options.shapes], options.shapes == "quick"
     options.seconds = 0.0 if quick else options.seconds
     share = options.key_mib * 2**20 or grid.key_bytes or memory.free_bytes("cpu") // 4
-    report: dict[str, Any] = {
-        "environment": environment("cpu"),
-        "command": " ".join(["bench.peers", *(argv or sys.argv[1:])]),
-    }
+    command = " ".join(["python -m bench.peers", *(sys.argv[1:] if argv is None else argv)])
+    report: dict[str, Any] = {"environment": environment("cpu"), "command": command}
     rows: list[dict[str, Any]] = report.setdefault("rows", [])
     options.out.mkdir(parents=True, exist_ok=True)
     cold, warm = measure.clock("cpu", quick), measure.clock("cpu", quick, cold=False)

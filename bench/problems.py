@@ -33,6 +33,7 @@ class Problem:
         layers: how many are scored, and of_layers how many the model has.
         eager: the plain form to compare with; without one, the backend "reference".
         eager_times: what to multiply its time by, where it ran on fewer layers.
+        tensors: of scores, each layer's query and key.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Problem:
     of_layers: int = 1
     eager: Callable[[], object] | None = None
     eager_times: float = 1.0
+    tensors: tuple[list[Tensor], list[Tensor]] | None = None
 
 
 class WrongResult(AssertionError):
@@ -217,6 +219,7 @@ def score_layers(device: str, m: Model, tokens: int, dtype: torch.dtype = BF16, 
         of_layers=m.layers,
         eager=lambda: eager.score_layers([query[0] for query in queries[:few]], [key[0] for key in keys[:few]]),
         eager_times=count / few,
+        tensors=(queries, keys),
     )
 
 

@@ -48,7 +48,7 @@ def working_sets(device: str, quick: bool = False) -> dict[str, int]:
         return {"memory": 2**21}
     if device == "cuda":
         return {"memory": 2**31}
-    levels = {name: size // 2 for name, size in caches().items() if name != "L1i" and size >= 2**18}
+    levels = {name: size // 2 for name, size in caches().items() if name.startswith(("L2", "L3", "L4"))}
     # On a virtual machine the last cache may be a hundred processors', most of it in use by others.
     return levels | {"memory": min(max(2**28, 4 * measure.last_cache()), 2**30)}
 
@@ -95,9 +95,17 @@ def peak(found: dict[str, Any], dtype: str) -> float:
     return max(known["float32"], known.get(dtype, 0.0)) if dtype != "float32" else known["float32"]
 
 
-def floor(found: dict[str, Any], nbytes: int, operations: int, dtype: str) -> float:
-    """The fewest seconds from cold caches."""
-    return max(nbytes / bandwidth(found), operations / peak(found, dtype))
+def level(found: dict[str, Any], nbytes: int) -> str:
+    """The smallest of the measured levels that holds so many bytes."""
+    sizes = caches()
+    fits = [name for name in found["copy"] if sizes.get(name, 0) >= nbytes]
+    return min(fits, key=lambda name: sizes[name], default="memory")
+
+
+def floor(found: dict[str, Any], nbytes: int, operations: int, dtype: str, cold: bool = True) -> float:
+    """The fewest seconds: with cold caches from memory, with warm ones from the smallest cache that holds the bytes."""
+    where = "memory" if cold else level(found, nbytes)
+    return max(nbytes / bandwidth(found, where), operations / peak(found, dtype))
 
 
 def text(found: dict[str, Any]) -> str:
