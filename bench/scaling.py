@@ -106,7 +106,7 @@ def lengths(options: argparse.Namespace) -> list[int]:
 
 
 def timed(options: argparse.Namespace, rows: dict[tuple[str, int], dict[str, Any]], say: Say) -> None:
-    """Two sweeps over all lengths, up and down; each row gets its seconds and those of the copy."""
+    """Two sweeps over all lengths, up and down; each row gets its seconds and those of the copy. Saved op by op."""
     ticks = measure.clock(options.device, options.quick)
     for op, make in makers(options).items():
         made: dict[int, Problem] = {}  # all lengths together are twice the longest
@@ -134,6 +134,7 @@ def timed(options: argparse.Namespace, rows: dict[tuple[str, int], dict[str, Any
                 row["rate"] = row["bytes"] / row["seconds"]["p50"]
                 if "layers" in row:
                     row["layer_seconds"] = row["seconds"]["p50"] / row["layers"]
+        save(options, list(rows.values()))
 
 
 def _checked(options: argparse.Namespace, problem: Problem, row: dict[str, Any]) -> Problem:
@@ -203,6 +204,21 @@ def fits(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "memory_interval95": grown and grown.interval,
             "peak_bytes_per_token": sizes[-1][1] / sizes[-1][0] if sizes else None,
         }
+    return found
+
+
+def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """scaling.json as far as it has come, so that nothing is lost when time runs out; returns the exponents."""
+    measured = [row for row in rows if row.keys() & {"seconds", "failed"}]
+    found = fits(measured)
+    report = {
+        "environment": environment(options.device),
+        "goal": GOAL,
+        "model": options.model.name,
+        "rows": measured,
+        "fits": found,
+    }
+    (options.out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
     return found
 
 
@@ -337,15 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         timed(options, rows, say)
         memory(options, argv, rows, say)
     everything = list(rows.values())
-    found = fits(everything)
-    report = {
-        "environment": environment(options.device),
-        "goal": GOAL,
-        "model": options.model.name,
-        "rows": everything,
-        "fits": found,
-    }
-    (options.out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
+    found = save(options, everything)
     threads = f", {options.threads} threads" if options.device == "cpu" else ""
     title = f"{options.model.name} on {options.backend}{threads}; copy: as many bytes as the op must move"
     failures = list(dict.fromkeys(f"{row['op']}: {row['failed']}" for row in everything if "failed" in row))

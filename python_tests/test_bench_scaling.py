@@ -176,6 +176,20 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
     assert not any("seconds" in row for row in json.loads((tmp_path / "scaling.json").read_text())["rows"])
 
 
+def test_what_was_measured_is_there_when_time_runs_out(tmp_path, monkeypatch):
+    made = scaling.makers
+
+    def cut(tokens):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "makers", lambda options: {**made(options), "select_chunks": cut})
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(["--quick", "--seconds", "0", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    assert list(report["fits"]) == OPS[: OPS.index("select_chunks")]
+    assert all("seconds" in row for row in report["rows"])
+
+
 def test_goals_fail_the_command_only_when_asked(tmp_path, monkeypatch):
     options = ["--quick", "--only", "finalize", "--seconds", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(scaling, "GOAL", -9.0)
