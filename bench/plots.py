@@ -90,35 +90,40 @@ def _line(axes: Axes, points: Points, index: int, label: str | None, dashed: boo
         axes.plot(*zip(*values), label=label, linestyle="--" if dashed else "-", markerfacecolor="white", **style)
 
 
+def _model(row: dict[str, Any]) -> str:
+    return row.get("model") or row["shape"].split()[0]
+
+
 def _models(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["shape"].split()[0] for row in rows))
+    return list(dict.fromkeys(map(_model, rows)))
 
 
 def _by_dtype(
-    results: Results, value: Callable[[dict[str, Any]], float | None], label: str, prepare: Callable[[Axes], None]
+    rows: Sequence[dict[str, Any]],
+    value: Callable[[dict[str, Any]], float | None],
+    label: str,
+    prepare: Callable[[Axes], None],
 ) -> Figure | None:
-    """A panel for each dtype, a line for each model: whole for the most threads, dashed for one."""
-    rows = [row for row in results.ops if row["op"] == "score_layers" and row["backend"] != "reference"]
+    """A panel for each dtype, a line for each model: whole for the most threads, dashed for fewer."""
+    rows = [row for row in rows if row["op"] == "score_layers" and row.get("backend") != "reference"]
     if not rows:
         return None
-    kinds, models = list(dict.fromkeys(row["dtype"] for row in rows)), _models(rows)
-    backends = list(dict.fromkeys((row["backend"], bool(row.get("graph"))) for row in rows))
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
     most = max(row["threads"] for row in rows)
+    lines: dict[tuple[str, str], dict[tuple[str, int], list[tuple[float, float]]]] = {}
+    several = len({_how(row) for row in rows}) > 1
+    for row in rows:
+        found = value(row)
+        if found is not None:
+            line = lines.setdefault((_model(row), _how(row) if several else ""), {})
+            line.setdefault((row["dtype"], row["threads"]), []).append((row["tokens"], found))
     figure, panels = plt.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 3.9), sharey=True, squeeze=False)
     for axes, kind in zip(panels[0], kinds):
-        for i, model in enumerate(models):
-            for backend, graph in backends:
-                for threads in sorted({row["threads"] for row in rows}, reverse=True):
-                    points = [
-                        (row["tokens"], found)
-                        for row in rows
-                        if row["dtype"] == kind
-                        and row["shape"].split()[0] == model
-                        and (row["backend"], bool(row.get("graph")), row["threads"]) == (backend, graph, threads)
-                        and (found := value(row)) is not None
-                    ]
-                    name = model if len(backends) == 1 else f"{model} {backend}{' graph' * graph}"
-                    _line(axes, points, i, name if threads == most else None, dashed=threads != most)
+        for i, (name, line) in enumerate(lines.items()):
+            for (dtype_, threads), points in line.items():
+                if dtype_ == kind:
+                    dashed = threads != most
+                    _line(axes, points, i, None if dashed else " ".join(name).strip(), dashed)
         axes.set_title(dtype(kind))
         prepare(axes)
         _tokens(axes, (row["tokens"] for row in rows))
@@ -127,8 +132,14 @@ def _by_dtype(
     return figure
 
 
+def _how(row: dict[str, Any]) -> str:
+    return f"{row.get('backend', '')}{' graph' * bool(row.get('graph'))}"
+
+
 def latency(results: Results) -> Figure | None:
-    return _by_dtype(results, lambda row: row["seconds"]["p50"] / row["layers"], "time of one layer's score", _seconds)
+    return _by_dtype(
+        results.ops, lambda row: row["seconds"]["p50"] / row["layers"], "time of one layer's score", _seconds
+    )
 
 
 def fraction(results: Results) -> Figure | None:
@@ -137,7 +148,33 @@ def fraction(results: Results) -> Figure | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.axhline(1, color=GREY, linewidth=1)
 
-    return _by_dtype(results, lambda row: row["roofline_fraction"], "fraction of the roofline", prepare)
+    return _by_dtype(results.ops, lambda row: row["roofline_fraction"], "fraction of the roofline", prepare)
+
+
+def _times(limit: float) -> Callable[[Axes], None]:
+    """An axis from 0, in "x", with a line at the goal."""
+
+    def prepare(axes: Axes) -> None:
+        axes.set_ylim(0, max(1.1 * limit, axes.get_ylim()[1]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axes.axhline(limit, color=GREY, linewidth=1)
+
+    return prepare
+
+
+def over_eager(results: Results) -> Figure | None:
+    rows = results.rows("goals") or results.ops
+    return _by_dtype(
+        rows,
+        lambda row: row.get("over_eager") or row.get("ratios", {}).get("eager"),
+        "times faster than eager",
+        _times(8.0),
+    )
+
+
+def to_matmul(results: Results) -> Figure | None:
+    rows = results.rows("goals")
+    return _by_dtype(rows, lambda row: row["to_matmul"], "times the bare QK^T matmul", _times(1.5))
 
 
 def tail(results: Results) -> Figure | None:
@@ -286,6 +323,8 @@ def ttft(results: Results) -> Figure | None:
 PICTURES: tuple[tuple[str, str, Callable[[Results], Figure | None]], ...] = (
     ("latency", "Time of one layer's score against T; dashed: one thread.", latency),
     ("roofline", "The same as a fraction of the roofline; dashed: one thread.", fraction),
+    ("matmul", "Scoring beside the bare QK^T matmul by torch; the line is the goal; dashed: one thread.", to_matmul),
+    ("eager", "Scoring beside the eager definition; the line is the goal; dashed: one thread.", over_eager),
     ("memory", "Peak extra memory of scoring all layers, outputs included.", memory),
     ("tail", "What follows scoring.", tail),
     ("peers", "Other ways to get the same, or nearly the same, beside this library.", ratios),

@@ -74,7 +74,7 @@ def page(results: Results, pictures: list[tuple[str, str]]) -> str:
         parts += [text, ""] if text else []
         parts += [table, ""]
         if name == "score":
-            parts += _pictures(pictures, ("latency.png", "roofline.png", "memory.png"))
+            parts += _pictures(pictures, ("latency.png", "roofline.png", "matmul.png", "eager.png", "memory.png"))
         elif name in ("select", "peers", "scaling", "ttft"):
             wanted = {"select": "tail.png"}.get(name, f"{name}.png")
             parts += _pictures(pictures, (wanted,))
