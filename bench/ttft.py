@@ -111,28 +111,27 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Job]]:
         report["rows"] = earlier(options.out / "ttft.json", report["environment"])
     if real and not options.pair:
         raise ValueError("weights: expected --pair with --weights real, got a plan")
-    rate = Rate.of(options.device, dtype, 4096 if options.device.startswith("cuda") else 2048)
-    report["matmul_flops_per_second"] = rate.value
     if real:
-        return report, [job for pair in options.pair for job in _real_jobs(options, _pair(pair), dtype, rate)]
+        pairs = [_real_pair(options, _pair(pair)) for pair in options.pair]
+        rate = _rate(options.device, dtype, report)
+        return report, [job for pair in pairs for job in _real_jobs(options, pair, dtype, rate)]
     works = _works(options)
     memory = free_memory(options.device)
-    jobs, left_out = [], []
+    all_prepared, left_out = [], []
     for work in works:
-        how = {"dtype": dtype, "device": options.device, "memory": memory, "rate": rate, "rounds": options.rounds}
+        how = {"dtype": dtype, "device": options.device, "memory": memory, "rounds": options.rounds}
         try:
-            prepared = ttft_rows.Prepared(work, preset=options.preset, **how)
+            all_prepared.append(ttft_rows.Prepared(work, preset=options.preset, **how))
         except ValueError as error:
             # A plan is for any machine: what does not fit on this one is said, and left out.
-            if not options.plan or not isinstance(error, (TooLarge, ttft_rows.NoSuchAttention)):
+            if not options.plan or not isinstance(error, TooLarge):
                 raise
             left_out.append(f"{work.name}: {error}")
-            continue
-        jobs.append(_random_job(work, prepared))
     report["left_out"] = left_out
-    if not jobs:
+    if not all_prepared:
         raise ValueError("; ".join(left_out))
-    return report, jobs
+    rate = _rate(options.device, dtype, report)
+    return report, [_random_job(prepared, prepared.estimate(rate)) for prepared in all_prepared]
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any], jobs: list[Job], started: float) -> int:
@@ -243,20 +242,31 @@ def _works(options: argparse.Namespace) -> Iterable[Work]:
     )
 
 
-def _random_job(work: Work, prepared: ttft_rows.Prepared) -> Job:
+def _rate(device: str, dtype: torch.dtype, report: dict[str, Any]) -> Rate:
+    rate = Rate.of(device, dtype, 4096 if device.startswith("cuda") else 2048)
+    report["matmul_flops_per_second"] = rate.value
+    return rate
+
+
+def _random_job(prepared: ttft_rows.Prepared, expected: ttft_rows.Estimate) -> Job:
+    work = prepared.work
     common = (str(prepared.dtype).removeprefix("torch."), prepared.device, "random", work.tokens)
     keys = [(title(work.speculator), title(work.base), keep, work.attention, *common) for keep in work.keeps]
 
     def run(report: Any) -> list[dict[str, Any]]:
-        return ttft_rows.measure(prepared, report)
+        return ttft_rows.measure(prepared, expected, report)
 
-    return Job(work.name, keys, prepared.estimate.measuring, run)
+    return Job(work.name, keys, expected.measuring, run)
 
 
-def _real_jobs(options: argparse.Namespace, names: tuple[str, str], dtype: torch.dtype, rate: Rate) -> list[Job]:
+def _real_pair(options: argparse.Namespace, names: tuple[str, str]) -> tuple[str, str]:
     for name in names:
         if name not in REGISTRY and not Path(name).expanduser().is_dir():
             raise ValueError(f"weights: expected a folder or one of {', '.join(REGISTRY)} for real ones, got {name!r}")
+    return names
+
+
+def _real_jobs(options: argparse.Namespace, names: tuple[str, str], dtype: torch.dtype, rate: Rate) -> list[Job]:
     lengths = _numbers(options.tokens, "tokens", int, 2**24)
     keeps = _numbers(options.keep, "keep", float, 1)
     for keep in keeps:

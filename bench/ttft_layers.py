@@ -218,7 +218,14 @@ def fit(
 
     Raises:
         TooLarge: it does not fit.
+        ValueError: layers that the models do not have.
     """
+    for name, asked, least, whole in (
+        ("layers", base_layers, 1, base.layers),
+        ("speculator layers", speculator_layers, min(2, speculator.layers), speculator.layers),
+    ):
+        if asked is not None and not least <= asked <= whole:
+            raise ValueError(f"{name}: expected {least} to {whole}, got {asked}")
     usable = int(_RESERVE * memory)
     room = int(_FORWARD_SHARE * usable)
     fitting = (size for size in (tokens, *_CHUNKS) if base.activation_bytes(size, itemsize) <= room)

@@ -81,8 +81,8 @@ def reached(rows: Iterable[Mapping[str, Any]]) -> list[str]:
                 continue
             met = row["ratio"] > goal.ratio
             lines.append(
-                f"{row['speculator']} -> {row['base']}, {row['tokens']} tokens, keep {row['keep_ratio']:g}, speculator "
-                f"attention {row['speculator_attention']}: {row['ratio']:.2f}x, goal {goal.ratio:g}x ({goal.source}), "
-                f"limit {row['limit']:.2f}x{'' if met else ', NOT REACHED'}"
+                f"{row['speculator']} -> {row['base']}, {row['tokens']} tokens, keep {row['keep_ratio']:g}, "
+                f"speculator attention {row['speculator_attention_ran']}: {row['ratio']:.2f}x, goal {goal.ratio:g}x "
+                f"({goal.source}), limit {row['limit']:.2f}x{'' if met else ', NOT REACHED'}"
             )
     return lines

@@ -125,10 +125,11 @@ def _row(
         "weights": "real",
         "prompt": transcript.name,
         "speculator_attention": attention,
+        "speculator_attention_ran": first.selection.speculator_attention,
         "base_chunk": None,
         "rounds": len(sparse),
         "runs": {"full": [one.ttft for one in dense], "speculative": [one.ttft for one in sparse]},
-        "note": f"{first.mode}: {first.reason}",
+        "note": "; ".join(filter(None, [f"{first.mode}: {first.reason}", first.selection.attention_reason])),
     }
 
 

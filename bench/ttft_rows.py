@@ -16,7 +16,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,18 +54,9 @@ class Work:
         return f"{title(self.speculator)} -> {title(self.base)}, {self.tokens} tokens{sparse}"
 
 
-class NoSuchAttention(ValueError):
-    """This version of the library has no such speculator attention."""
-
-
 def config_for(keep: float, preset: str, attention: str) -> SpecPrefillConfig:
     """The preset at this budget, nothing protected. Raises ValueError for what it cannot be."""
-    changes: dict[str, Any] = {"keep_ratio": keep, "protect": "none"}
-    if any(field.name == "speculator_attention" for field in fields(SpecPrefillConfig)):
-        changes["speculator_attention"] = attention
-    elif attention != "dense":
-        raise NoSuchAttention(f"speculator_attention: expected dense, the only one in this version, got {attention}")
-    return SpecPrefillConfig.preset(preset, **changes)
+    return SpecPrefillConfig.preset(preset, keep_ratio=keep, protect="none", speculator_attention=attention)
 
 
 def ratios(full: float, stages: Mapping[str, float]) -> dict[str, float]:
@@ -135,7 +126,7 @@ _models: dict[tuple[Any, ...], Any] = {}
 
 
 class Prepared:
-    """A work's sizes, plan and estimate; `models` allocates."""
+    """A work's sizes and plan; `models` allocates."""
 
     def __init__(
         self,
@@ -144,7 +135,6 @@ class Prepared:
         dtype: torch.dtype,
         device: str,
         memory: int,
-        rate: Rate,
         rounds: int,
         preset: str = "default",
     ) -> None:
@@ -164,7 +154,6 @@ class Prepared:
             speculator_layers=work.speculator_layers,
             prefill_chunk=self.configs[0].prefill_chunk,
         )
-        self.estimate = estimate(work, self.base_sizes, self.speculator_sizes, self.plan, rate, rounds)
         self.notes = [RANDOM, *sorted({note for note in (base_note, speculator_note) if note})]
         if self.plan.chunk is not None:
             self.notes.append(f"base reads {self.plan.chunk} tokens at a time")
@@ -172,6 +161,9 @@ class Prepared:
         for name, measured, whole in (*parts, ("base", self.plan.base_layers, self.base_sizes.layers)):
             if measured < whole:
                 self.notes.append(f"{name} timed by {measured} of {whole} layers, scaled")
+
+    def estimate(self, rate: Rate) -> Estimate:
+        return estimate(self.work, self.base_sizes, self.speculator_sizes, self.plan, rate, self.rounds)
 
     def models(self, progress: Progress | None) -> tuple[BaseLayers, SpeculatorLayers]:
         """The work before this one leaves its models behind: those of the same shape are used again."""
@@ -200,7 +192,10 @@ class Prepared:
 
 
 def measure(
-    prepared: Prepared, report: Callable[[int, int], None], progress: Progress | None = None
+    prepared: Prepared,
+    expected: Estimate,
+    report: Callable[[int, int], None],
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each budget. Rounds: full, speculation, each budget; the next round in the other order."""
     work, rounds = prepared.work, prepared.rounds
@@ -210,7 +205,7 @@ def measure(
     ids = torch.randint(size, (1, work.tokens), generator=generator).to(prepared.device)
     full: list[float] = []
     runs: list[list[dict[str, float]]] = [[] for _ in work.keeps]
-    kept_tokens = [0] * len(work.keeps)
+    kept_tokens, attention = [0] * len(work.keeps), ("", "")
     total, done = rounds * (len(work.keeps) + 2), 0
 
     def tick() -> None:
@@ -223,7 +218,9 @@ def measure(
         tick()
 
     def sparse_way() -> None:
+        nonlocal attention
         stages, speculation = speculator.seconds(ids)
+        attention = speculation.attention
         tick()
         for i, config in enumerate(prepared.configs):
             selecting, packed, kept = select(speculation.importance, config, ids)
@@ -232,32 +229,39 @@ def measure(
             kept_tokens[i] = int(kept.shape[0])
             tick()
 
-    _warm_up(base, speculator, prepared.configs[0], ids[:, : min(WARM_UP, work.tokens)])
+    _warm_up(base, speculator, prepared.configs[0], ids)
     for number in range(rounds):
         for way in (full_way, sparse_way) if number % 2 == 0 else (sparse_way, full_way):
             way()
     return [
-        _row(prepared, i, keep, kept_tokens[i], full, runs[i], (base, speculator)) for i, keep in enumerate(work.keeps)
+        {
+            **_row(prepared, keep, kept_tokens[i], attention, full, runs[i], (base, speculator)),
+            "estimate": {"full": expected.full, "speculative": expected.speculator + expected.kept[i]},
+        }
+        for i, keep in enumerate(work.keeps)
     ]
 
 
 def _warm_up(base: BaseLayers, speculator: SpeculatorLayers, config: SpecPrefillConfig, ids: Tensor) -> None:
-    """What only a first run pays: memory, handles, compiled kernels."""
-    base.seconds(ids, torch.arange(ids.shape[1], device=ids.device), ids.shape[1], sparse=False)
-    _, packed, kept = select(speculator.seconds(ids)[1].importance, config, ids)
-    base.seconds(packed, kept, ids.shape[1], sparse=True)
+    """What only a first run pays: handles, compiled kernels, those of sparse attention too."""
+    dense = config.attention_keep_blocks * config.attention_block_size if config.speculator_attention == "sparse" else 0
+    importance = speculator.seconds(ids[:, : WARM_UP + dense])[1].importance
+    few = ids[:, :WARM_UP]
+    base.seconds(few, torch.arange(few.shape[1], device=ids.device), few.shape[1], sparse=False)
+    _, packed, kept = select(importance[: few.shape[1]], config, few)
+    base.seconds(packed, kept, few.shape[1], sparse=True)
 
 
 def _row(
     prepared: Prepared,
-    index: int,
     keep: float,
     kept_tokens: int,
+    attention: tuple[str, str],
     full: list[float],
     runs: list[dict[str, float]],
     models: tuple[BaseLayers, SpeculatorLayers],
 ) -> dict[str, Any]:
-    work, plan, expected = prepared.work, prepared.plan, prepared.estimate
+    work, plan = prepared.work, prepared.plan
     stages = medians(runs)
     base, speculator = models
     return {
@@ -277,11 +281,11 @@ def _row(
         "weights": "random",
         "prompt": "random",
         "speculator_attention": work.attention,
+        "speculator_attention_ran": attention[0],
         "base_chunk": plan.chunk,
         "rounds": prepared.rounds,
         "runs": {"full": full, "speculative": [sum(run.values()) for run in runs]},
-        "estimate": {"full": expected.full, "speculative": expected.speculator + expected.kept[index]},
-        "note": "; ".join(prepared.notes),
+        "note": "; ".join([*prepared.notes, *([f"attention {': '.join(attention)}"] if attention[1] else [])]),
     }
 
 

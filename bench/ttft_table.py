@@ -31,7 +31,8 @@ def seconds(value: float) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    sparse = "" if row["speculator_attention"] == "dense" else f" ({row['speculator_attention']})"
+    asked, ran = row["speculator_attention"], row["speculator_attention_ran"]
+    sparse = "" if asked == "dense" else f" ({asked})" if asked == ran else f" ({asked} asked, {ran} ran)"
     stages = ", ".join(f"{SHORT.get(name, name)} {seconds(value)}" for name, value in row["stages"].items())
     return (
         f"{row['speculator']}{sparse} -> {row['base']}, {row['dtype']}",
