@@ -77,7 +77,15 @@ def score_rows(
     else:
         calls["torch.compile"] = (partial(_in_layers, compiled, plain_queries[:some], plain_keys[:some]), some)
     wanted = {count: _truth(plain_queries[:count], plain_keys[:count]) for count in {layers, few, some}}
-    common = {"op": "score", "shape": shape, "model": m.name, "tokens": tokens, "layers": layers, "of_layers": m.layers}
+    agreements: dict[str, dict[str, float]] = {}
+    common: dict[str, Any] = {
+        "op": "score",
+        "shape": shape,
+        "model": m.name,
+        "tokens": tokens,
+        "layers": layers,
+        "of_layers": m.layers,
+    }
     common |= {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     for name, (call, count) in list(calls.items()):
         state.zero_()
@@ -91,13 +99,18 @@ def score_rows(
             del calls[name]
             continue
         calls[name] = (call, count)
-        common.setdefault("agreement", {})[name] = agreement
-    agreements = common.pop("agreement")
+        agreements[name] = agreement
     peaks = {name: memory.peak_bytes(call, "cpu") for name, (call, _) in calls.items()}
     times = measure.in_turn(ticks, {name: call for name, (call, _) in calls.items()}, seconds, least=3, warm_up=1)
     own = times["specprefill_kernels"].p50
     for name, (_, count) in calls.items():
-        row = {**common, "peer": name, "computes": WHAT[name], "layers_run": count, "peak_bytes": peaks[name]}
+        row: dict[str, Any] = {
+            **common,
+            "peer": name,
+            "computes": WHAT[name],
+            "layers_run": count,
+            "peak_bytes": peaks[name],
+        }
         row |= {"seconds": times[name].p50 * layers / count, "spread": times[name].json(), **agreements[name]}
         yield row | {"ratio": row["seconds"] / own}
     for name, why in skipped.items():

@@ -93,12 +93,12 @@ def score(results: Results) -> str:
     for (model, tokens), by_kind in keyed.items():
         cells = []
         for kind in kinds:
-            row = by_kind.get(kind)
-            if row is None:
+            if kind not in by_kind:
                 cells.append("")
                 continue
-            layers = "" if row["layers"] == row["of_layers"] else f" ({row['layers']}/{row['of_layers']} layers)"
-            spent, near = time(row["seconds"]["p50"]), f"{row['to_matmul']:.2f} / {row['over_eager']:.1f}"
+            one = by_kind[kind]
+            layers = "" if one["layers"] == one["of_layers"] else f" ({one['layers']}/{one['of_layers']} layers)"
+            spent, near = time(one["seconds"]["p50"]), f"{one['to_matmul']:.2f} / {one['over_eager']:.1f}"
             cells.append(f"{spent}{layers}: {near}")
         rows.append((model, size_name(tokens), *cells))
     return markdown(header, rows, left=2)

@@ -83,6 +83,7 @@ def score_row(
     """A row for each number of threads, on the same tensors."""
     layers = layers_within(m, tokens, dtype.itemsize, share)
     problem = problems.score_layers("cpu", m, tokens, dtype, layers)
+    assert problem.tensors is not None
     queries, keys = problem.tensors
     expected = problem.expected()
     pairs = [grouped(query, m.kv_heads) for query in queries], [key[0] for key in keys]
@@ -228,7 +229,7 @@ def line(row: dict[str, Any]) -> str:
 
 def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{v['goal']:46} {v['met']:3} of {v['of']:3}   median {v['median']:6.2f}   worst {v['worst']:6.2f}"
+        f"{v['goal']:50} {v['met']:3} of {v['of']:3}   median {v['median']:6.2f}   worst {v['worst']:6.2f}"
         f"{'' if v['met'] == v['of'] else '   NOT REACHED everywhere'}"
         for v in found
     )
