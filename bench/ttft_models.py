@@ -242,11 +242,17 @@ class Sizes:
             upcast=4 * 3 * hidden,  # a norm computes in fp32
         )
 
-    def flops(self, tokens: int) -> tuple[float, float]:
-        """Of a prefill: (matrix products with weights, attention). The head reads the last token alone."""
+    def flops(self, tokens: int, keys: int | None = None) -> tuple[float, float]:
+        """Of a prefill: (matrix products with weights, attention). The head reads the last token alone.
+
+        Args:
+            keys: a token attends to at most so many; None: to all before it.
+        """
+        full = tokens if keys is None else min(keys, tokens)  # the first ones see fewer: a triangle, then a band
+        pairs = full * full / 2 + (tokens - full) * full
         return (
             2.0 * self.layers * self.layer * tokens + 2.0 * self.head,
-            2.0 * self.layers * self.attention * tokens * tokens,  # causal: half of 4 T^2
+            4.0 * self.layers * self.attention * pairs,
         )
 
     def weight_bytes(self, layers: int, itemsize: int) -> int:

@@ -59,6 +59,13 @@ def config_for(keep: float, preset: str, attention: str) -> SpecPrefillConfig:
     return SpecPrefillConfig.preset(preset, keep_ratio=keep, protect="none", speculator_attention=attention)
 
 
+def sparse_keys(config: SpecPrefillConfig) -> int | None:
+    """To how many tokens one attends at most where the speculator's attention is sparse; shorter prompts are dense."""
+    if config.speculator_attention != "sparse":
+        return None
+    return config.attention_keep_blocks * config.attention_block_size
+
+
 def ratios(full: float, stages: Mapping[str, float]) -> dict[str, float]:
     """See this file's head."""
     speculative = sum(stages.values())
@@ -98,8 +105,8 @@ class Rate:
             seconds.append(time.perf_counter() - start)
         return cls(2 * size**3 / min(seconds))
 
-    def seconds(self, sizes: Sizes, tokens: int) -> float:
-        products, attention = sizes.flops(tokens)
+    def seconds(self, sizes: Sizes, tokens: int, keys: int | None = None) -> float:
+        products, attention = sizes.flops(tokens, keys)
         return (products + attention / ATTENTION_RATE) / self.value
 
 
@@ -113,9 +120,12 @@ class Estimate:
     measuring: float
 
 
-def estimate(work: Work, base: Sizes, speculator: Sizes, plan: Plan, rate: Rate, rounds: int) -> Estimate:
+def estimate(
+    work: Work, base: Sizes, speculator: Sizes, plan: Plan, rate: Rate, rounds: int, keys: int | None = None
+) -> Estimate:
+    """`keys`: as many a token of the speculator attends to at most."""
     full = rate.seconds(base, work.tokens)
-    reading = rate.seconds(speculator, work.tokens)
+    reading = rate.seconds(speculator, work.tokens, keys)
     kept = tuple(rate.seconds(base, max(1, int(keep * work.tokens))) for keep in work.keeps)
     part = plan.base_layers / base.layers
     depth = plan.speculator_layers / speculator.layers * (1.0 if plan.speculator_layers == speculator.layers else 1.5)
@@ -163,7 +173,8 @@ class Prepared:
                 self.notes.append(f"{name} timed by {measured} of {whole} layers, scaled")
 
     def estimate(self, rate: Rate) -> Estimate:
-        return estimate(self.work, self.base_sizes, self.speculator_sizes, self.plan, rate, self.rounds)
+        keys = sparse_keys(self.configs[0])
+        return estimate(self.work, self.base_sizes, self.speculator_sizes, self.plan, rate, self.rounds, keys)
 
     def models(self, progress: Progress | None) -> tuple[BaseLayers, SpeculatorLayers]:
         """The work before this one leaves its models behind: those of the same shape are used again."""
@@ -244,8 +255,7 @@ def measure(
 
 def _warm_up(base: BaseLayers, speculator: SpeculatorLayers, config: SpecPrefillConfig, ids: Tensor) -> None:
     """What only a first run pays: handles, compiled kernels, those of sparse attention too."""
-    dense = config.attention_keep_blocks * config.attention_block_size if config.speculator_attention == "sparse" else 0
-    importance = speculator.seconds(ids[:, : WARM_UP + dense])[1].importance
+    importance = speculator.seconds(ids[:, : WARM_UP + (sparse_keys(config) or 0)])[1].importance
     few = ids[:, :WARM_UP]
     base.seconds(few, torch.arange(few.shape[1], device=ids.device), few.shape[1], sparse=False)
     _, packed, kept = select(importance[: few.shape[1]], config, few)

@@ -241,6 +241,9 @@ def test_flops_of_a_prefill():
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert found.layer == layer
     assert found.flops(100) == (2 * 3 * layer * 100 + 2 * 512 * 64, 2 * 3 * 64 * 100 * 100)
+    pairs = sum(min(i + 0.5, 40) for i in range(100))
+    assert found.flops(100, keys=40)[1] == 4 * 3 * 64 * pairs
+    assert found.flops(30, keys=40) == found.flops(30)
 
 
 def test_the_plans_name_models_that_there_are():
