@@ -222,6 +222,10 @@ void bind_cpu(py::module_& m) {
   m.def("gather_tokens", [](const specprefill_gather_tokens& args, int num_threads) {
     run([&] { return specprefill_gather_tokens_cpu(&args, num_threads); });
   });
+  m.def("select_tokens", [](const specprefill_finalize& finalize, const specprefill_select& select,
+                            const specprefill_gather_tokens& gather, int num_threads) {
+    run([&] { return specprefill_select_tokens_cpu(&finalize, &select, &gather, num_threads); });
+  });
   m.def("gather_kv", [](const std::vector<specprefill_gather_kv>& caches, int num_threads) {
     for (const auto& args : caches) run([&] { return specprefill_gather_kv_cpu(&args, num_threads); });
   });

@@ -11,6 +11,12 @@ namespace specprefill {
 void parallel_for(int64_t num_tasks, int num_threads, void (*run)(void* context, int64_t task, int worker),
                   void* context);
 
+// How many of the threads are worth waking to move so many bytes: one wake-up takes as long as moving some 128 KiB.
+inline int threads_for(int64_t bytes, int num_threads) {
+  const int64_t most = 1 + bytes / (int64_t{256} << 10);
+  return most < num_threads ? static_cast<int>(most) : num_threads;
+}
+
 template <class F>
 void parallel_for(int64_t num_tasks, int num_threads, const F& body) {
   parallel_for(

@@ -9,6 +9,7 @@
 #include "common/sequences.h"
 #include "common/status.h"
 #include "gather/check.h"
+#include "gather/tokens.h"
 
 namespace specprefill {
 namespace {
@@ -71,6 +72,8 @@ int check_contents(const specprefill_gather_tokens& args) {
   return SPECPREFILL_OK;
 }
 
+}  // namespace
+
 void gather_tokens(const specprefill_gather_tokens& args, int num_threads) {
   const TokenShape token(args.inner_sizes, args.inner_strides, args.num_inner, args.item_bytes);
   const int64_t token_bytes = product(args.inner_sizes, args.num_inner) * args.item_bytes;
@@ -85,31 +88,34 @@ void gather_tokens(const specprefill_gather_tokens& args, int num_threads) {
   std::fill(args.position_ids + total, args.position_ids + capacity, int64_t{0});
   if (token_bytes == 0) return;
   const int64_t pieces = (args.width + kTokensPerTask - 1) / kTokensPerTask;
-  parallel_for(outer * args.batch * pieces, num_threads, [&](int64_t task, int) {
-    const int64_t o = task / (args.batch * pieces), b = task / pieces % args.batch;
-    const int64_t first = task % pieces * kTokensPerTask;
-    const int64_t last = std::min<int64_t>(first + kTokensPerTask, args.num_kept[b]);
-    const char* x = static_cast<const char*>(args.x);
-    for (int64_t dim = args.num_outer - 1, rest = o; dim >= 0; rest /= args.outer_sizes[dim], --dim) {
-      x += rest % args.outer_sizes[dim] * args.outer_strides[dim] * args.item_bytes;
-    }
-    x += (args.cu_seqlens ? args.cu_seqlens[b] * args.stride_token : b * args.stride_batch) * args.item_bytes;
-    const int32_t* kept = args.indices + b * args.indices_stride;
-    char* out = static_cast<char*>(args.values) + (o * capacity + args.offsets[b] + first) * token_bytes;
-    const int64_t stride_bytes = args.stride_token * args.item_bytes;
-    const bool adjacent = token.flat == 0 && stride_bytes == token.run_bytes;
-    for (int64_t i = first, run; i < last; i += run) {
-      run = adjacent ? run_length(kept, i, last) : 1;
-      const char* from = x + kept[i] * stride_bytes;
-      if (adjacent) std::memcpy(out, from, static_cast<size_t>(run * token.run_bytes));
-      out = adjacent ? out + run * token.run_bytes : token.copy(from, out);
-    }
-  });
+  parallel_for(
+      outer * args.batch * pieces, threads_for(outer * total * token_bytes, num_threads), [&](int64_t task, int) {
+        const int64_t o = task / (args.batch * pieces), b = task / pieces % args.batch;
+        const int64_t first = task % pieces * kTokensPerTask;
+        const int64_t last = std::min<int64_t>(first + kTokensPerTask, args.num_kept[b]);
+        const char* x = static_cast<const char*>(args.x);
+        for (int64_t dim = args.num_outer - 1, rest = o; dim >= 0; rest /= args.outer_sizes[dim], --dim) {
+          x += rest % args.outer_sizes[dim] * args.outer_strides[dim] * args.item_bytes;
+        }
+        x += (args.cu_seqlens ? args.cu_seqlens[b] * args.stride_token : b * args.stride_batch) * args.item_bytes;
+        const int32_t* kept = args.indices + b * args.indices_stride;
+        char* out = static_cast<char*>(args.values) + (o * capacity + args.offsets[b] + first) * token_bytes;
+        const int64_t stride_bytes = args.stride_token * args.item_bytes;
+        const bool adjacent = token.flat == 0 && stride_bytes == token.run_bytes;
+        for (int64_t i = first, run; i < last; i += run) {
+          run = adjacent ? run_length(kept, i, last) : 1;
+          const char* from = x + kept[i] * stride_bytes;
+          if (adjacent) std::memcpy(out, from, static_cast<size_t>(run * token.run_bytes));
+          out = adjacent ? out + run * token.run_bytes : token.copy(from, out);
+        }
+      });
   for (int64_t o = 0; o < outer; ++o) {
     char* out = static_cast<char*>(args.values) + o * capacity * token_bytes;
     std::memset(out + total * token_bytes, 0, static_cast<size_t>((capacity - total) * token_bytes));
   }
 }
+
+namespace {
 
 // ---- gather_kv ----
 

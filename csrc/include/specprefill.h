@@ -179,6 +179,12 @@ typedef struct {
 
 SPECPREFILL_API int specprefill_gather_tokens_cpu(const specprefill_gather_tokens* args, int num_threads);
 
+/* From the state to packed tokens: finalize's importance is select's input, select's indices are gather's. gather may
+ * be NULL. */
+SPECPREFILL_API int specprefill_select_tokens_cpu(const specprefill_finalize* finalize,
+                                                  const specprefill_select* select,
+                                                  const specprefill_gather_tokens* gather, int num_threads);
+
 /* One cache, key or value, with the meaning of the same fields in specprefill_layer. */
 typedef struct {
   const void* data;
@@ -246,8 +252,7 @@ SPECPREFILL_API int specprefill_gather_tokens_cuda(const specprefill_gather_toke
 /* num_caches: 1, or 2 for keys and values in one launch. */
 SPECPREFILL_API int specprefill_gather_kv_cuda(const specprefill_gather_kv* args, int64_t num_caches, void* stream);
 
-/* From the state to packed tokens: finalize's importance is select's input, select's indices are gather's. gather may
- * be NULL. */
+/* As specprefill_select_tokens_cpu. */
 SPECPREFILL_API int specprefill_select_tokens_cuda(const specprefill_finalize* finalize,
                                                    const specprefill_select* select,
                                                    const specprefill_gather_tokens* gather, void* workspace,

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -19,6 +18,7 @@
 #include "common/dtype.h"
 #include "common/guarded.h"
 #include "common/parallel.h"
+#include "common/processor.h"
 #include "common/status.h"
 #include "score/check.h"
 #include "score/cpu_kernels.h"
@@ -284,36 +284,9 @@ class Scorer {
   std::vector<Scratch> scratch_;
 };
 
-// SPECPREFILL_INSTRUCTION_SET in the environment is an upper bound, to test or to compare; another word bounds nothing.
-[[maybe_unused]] bool allowed(int level) {
-  static constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
-  const char* bound = std::getenv("SPECPREFILL_INSTRUCTION_SET");
-  for (int i = 0; bound && i < 3; ++i) {
-    if (!std::strcmp(bound, kNames[i])) return level <= i;
-  }
-  return true;
-}
-
-const ScoreKernels& best_kernels() {
-#if defined(SPECPREFILL_HAVE_AVX512)
-  if (allowed(2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::score_kernels;
-  }
-#endif
-#if defined(SPECPREFILL_HAVE_AVX2)
-  // Every processor with AVX2 and FMA so far has F16C too; not every compiler can ask for it.
-  if (allowed(1) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::score_kernels;
-#endif
-  return generic::score_kernels;
-}
-
 }  // namespace
 
-const ScoreKernels& score_kernels() {
-  static const ScoreKernels& kernels = best_kernels();
-  return kernels;
-}
+const ScoreKernels& score_kernels() { return SPECPREFILL_PICK(score_kernels); }
 
 }  // namespace specprefill
 

@@ -72,6 +72,22 @@ int check_select(const specprefill_select& args) {
   return SPECPREFILL_OK;
 }
 
+// What one of the three structs says twice.
+int check_together(const specprefill_finalize& finalize, const specprefill_select& select,
+                   const specprefill_gather_tokens* gather) {
+  SPECPREFILL_REQUIRE(select.batch == finalize.batch && select.max_len == finalize.max_len,
+                      "select: expected the state's [B, T] = [%lld, %lld], got [%lld, %lld]", ll(finalize.batch),
+                      ll(finalize.max_len), ll(select.batch), ll(select.max_len));
+  SPECPREFILL_REQUIRE(select.importance == finalize.importance && select.seq_lens == finalize.seq_lens,
+                      "select: expected finalize's importance and seq_lens, got others");
+  SPECPREFILL_REQUIRE(!gather || (gather->batch == select.batch && gather->width == select.width),
+                      "gather: expected select's indices [%lld, %lld], got [%lld, %lld]", ll(select.batch),
+                      ll(select.width), ll(gather->batch), ll(gather->width));
+  SPECPREFILL_REQUIRE(!gather || (gather->indices == select.indices && gather->num_kept == select.num_kept),
+                      "gather: expected select's indices and num_kept, got others");
+  return SPECPREFILL_OK;
+}
+
 }  // namespace specprefill
 
 using namespace specprefill;
