@@ -28,12 +28,12 @@ def block_sparse_attention(
         block = (first + row) * block_size
         low, high = max(block, start), min(block + block_size, total)
         listed = most[row]
-        earlier = indices[:, :, row, :listed].clamp(min=0).to(torch.int64)
+        absent = torch.arange(listed) >= counts[:, :, row, None]
+        earlier = indices[:, :, row, :listed].masked_fill(absent, 0).to(torch.int64)
         seen = torch.zeros(high - low, listed * block_size + high - block, dtype=query.dtype)
         later = torch.arange(block, high) > torch.arange(low, high)[:, None]
         seen[:, listed * block_size :].masked_fill_(later, -torch.inf)
         if least[row] < listed:
-            absent = torch.arange(listed) >= counts[:, :, row, None]
             seen = seen.repeat(batch, heads, 1, 1)
             seen[..., : listed * block_size].unflatten(3, (listed, block_size)).masked_fill_(
                 absent[:, :, None, :, None], -torch.inf

@@ -28,16 +28,29 @@ def _part(
 
 @triton.jit
 def _fold(
-    total, maximum, acc, acc_rest, q, q_rest, key, value, t, k_ok, seen, factor,
-    k_stride_t, k_stride_d, v_stride_t, v_stride_d,
-    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    total, maximum, acc, acc_rest, q, q_rest, query, n, q_ok, key, value, t, k_ok, seen, factor,
+    q_stride_t, q_stride_d, k_stride_t, k_stride_d, v_stride_t, v_stride_d,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values more. `seen` is a mask over [rows, keys], or one number for all of them."""
-    k = _part(key, t, k_ok, k_stride_t, k_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if D_REST > 0:
-        k = _part(key, t, k_ok, k_stride_t, k_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
-        x = tl.dot(q_rest, tl.trans(k), x, input_precision=PRECISION)
+    if D_PART > 0:
+        x = tl.zeros((n.shape[0], t.shape[0]), tl.float32)
+        d = tl.arange(0, D_PART)
+        for first in range(0, HEAD_DIM, D_PART):
+            at = (first + d).to(tl.int64)[None, :]
+            in_head = (first + d < HEAD_DIM)[None, :]
+            q_at = n.to(tl.int64)[:, None] * q_stride_t + at * q_stride_d
+            k_at = t.to(tl.int64)[:, None] * k_stride_t + at * k_stride_d
+            part = tl.load(query + q_at, mask=q_ok[:, None] & in_head, other=0.0).to(DOT)
+            k = tl.load(key + k_at, mask=k_ok[:, None] & in_head, other=0.0).to(DOT)
+            x = tl.dot(part, tl.trans(k), x, input_precision=PRECISION)
+    else:
+        k = _part(key, t, k_ok, k_stride_t, k_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if D_REST > 0:
+            k = _part(key, t, k_ok, k_stride_t, k_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
+            x = tl.dot(q_rest, tl.trans(k), x, input_precision=PRECISION)
     x = tl.where(seen, x * factor, float("-inf"))
     higher = tl.maximum(maximum, tl.max(x, 1))
     weight = tl.exp2(x - higher[:, None])
@@ -69,7 +82,7 @@ def attend(
     counts,  # [B, Hq, count] int32, contiguous
     q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d, q_heads, group, count, first, start, total_keys, width, scale,
-    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, D_PART: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_M rows of a query block and head. `first`: the query's first block, `start`: its position.
@@ -91,13 +104,17 @@ def attend(
     kv_head = head // group
     key += b.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     value += b.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-    q = _part(query, position - start, ok, q_stride_t, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
+    n = position - start
+    q = None
+    if D_PART == 0:
+        q = _part(query, n, ok, q_stride_t, q_stride_d, 0, D_FIRST, HEAD_DIM, DOT)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D_FIRST), tl.float32)
     q_rest = None
     acc_rest = total  # anything that is a tensor, as a loop carries it
     if D_REST > 0:
-        q_rest = _part(query, position - start, ok, q_stride_t, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
+        if D_PART == 0:
+            q_rest = _part(query, n, ok, q_stride_t, q_stride_d, D_FIRST, D_REST, HEAD_DIM, DOT)
         acc_rest = tl.zeros((BLOCK_M, D_REST), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     factor = scale * LOG2E
@@ -107,8 +124,9 @@ def attend(
         k_ok = t < total_keys
         seen = k_ok[None, :] & (t[None, :] <= position[:, None])
         total, maximum, acc, acc_rest = _fold(
-            total, maximum, acc, acc_rest, q, q_rest, key, value, t, k_ok, seen, factor,
-            k_stride_t, k_stride_d, v_stride_t, v_stride_d, HEAD_DIM, D_FIRST, D_REST, DOT, PRECISION,
+            total, maximum, acc, acc_rest, q, q_rest, query, n, ok, key, value, t, k_ok, seen, factor,
+            q_stride_t, q_stride_d, k_stride_t, k_stride_d, v_stride_t, v_stride_d,
+            HEAD_DIM, D_FIRST, D_REST, D_PART, DOT, PRECISION,
         )  # fmt: skip
     line = unit.to(tl.int64) * count + row
     listed = tl.minimum(tl.load(counts + line), width)
@@ -118,11 +136,12 @@ def attend(
         earlier = (block >= 0) & (block < own)  # whatever else stands there is no block
         t = tl.where(earlier, block, 0) * BLOCK_SIZE + step % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         total, maximum, acc, acc_rest = _fold(
-            total, maximum, acc, acc_rest, q, q_rest, key, value, t, t >= 0, earlier, factor,
-            k_stride_t, k_stride_d, v_stride_t, v_stride_d, HEAD_DIM, D_FIRST, D_REST, DOT, PRECISION,
+            total, maximum, acc, acc_rest, q, q_rest, query, n, ok, key, value, t, t >= 0, earlier, factor,
+            q_stride_t, q_stride_d, k_stride_t, k_stride_d, v_stride_t, v_stride_d,
+            HEAD_DIM, D_FIRST, D_REST, D_PART, DOT, PRECISION,
         )  # fmt: skip
     rows = total_keys - start
     out += (b.to(tl.int64) * rows * q_heads + head) * HEAD_DIM
-    _write(out, position - start, ok, q_heads * HEAD_DIM, acc / total[:, None], 0, D_FIRST, HEAD_DIM)
+    _write(out, n, ok, q_heads * HEAD_DIM, acc / total[:, None], 0, D_FIRST, HEAD_DIM)
     if D_REST > 0:
-        _write(out, position - start, ok, q_heads * HEAD_DIM, acc_rest / total[:, None], D_FIRST, D_REST, HEAD_DIM)
+        _write(out, n, ok, q_heads * HEAD_DIM, acc_rest / total[:, None], D_FIRST, D_REST, HEAD_DIM)

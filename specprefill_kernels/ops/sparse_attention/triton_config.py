@@ -42,9 +42,9 @@ _TILES: dict[tuple[str, int], AttentionConfig] = {
     ("medium", 128): AttentionConfig(128, 64, 8, 3),
     ("medium", 256): AttentionConfig(128, 64, 8, 2),
     ("medium", 512): AttentionConfig(64, 32, 8, 2),
-    # 128 x 32 at D = 128 spilled on sm_120.
+    # 128 x 32 and 64 x 64 at D = 128 spilled on sm_120.
     ("small", 128): AttentionConfig(128, 64, 8, 3),
-    ("small", 256): AttentionConfig(64, 64, 4, 2),
+    ("small", 256): AttentionConfig(64, 32, 4, 2),
     ("small", 512): AttentionConfig(64, 32, 8, 1),
     ("lds", 128): AttentionConfig(128, 64, 4, 1),
     ("lds", 256): AttentionConfig(128, 32, 4, 1),
@@ -56,8 +56,11 @@ _TILES: dict[tuple[str, int], AttentionConfig] = {
 _HEAVY = {
     64: AttentionConfig(32, 32, 8, 1),
     128: AttentionConfig(16, 16, 8, 1),
-    256: AttentionConfig(16, 16, 16, 1),
+    256: AttentionConfig(16, 16, 8, 1),
 }
+# Above 64 dimensions of such operands, queries do not fit in registers: 16 x 256 in two halves are 256 of them in every
+# warp. They are read again beside each tile of keys, in parts of so many dimensions.
+QUERY_PART = 32
 # The interpreter pays for each operation, not for each element.
 _INTERPRETED = AttentionConfig(256, 256, 4, 1)
 
@@ -82,6 +85,11 @@ def choose(target: Target, head_dim: int, dot_bytes: int, wide_loads: bool) -> A
         return next(config for most, config in _HEAVY.items() if head_dim <= most)
     row_bytes = next(size for size in (128, 256, 512) if head_dim * dot_bytes <= size)
     return _TILES[memory_class(target), row_bytes]
+
+
+def query_part(config: AttentionConfig, head_dim: int) -> int:
+    """Dimensions of a part of the queries, 0 for all at once."""
+    return QUERY_PART if config in _HEAVY.values() and head_dim > 64 else 0
 
 
 def rank_warps(width: int) -> int:

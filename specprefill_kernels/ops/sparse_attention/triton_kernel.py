@@ -95,7 +95,8 @@ def block_sparse_attention(
         *query.stride(), *key.stride(), *value.stride(),
         heads, heads // kv_heads, count, first, total - rows, total, indices.shape[3], scale,
         on=query, HEAD_DIM=dim, D_FIRST=d_first, D_REST=max(power_of_2(dim - d_first), 16) if dim > d_first else 0,
-        BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=min(config.block_n, block_size),
+        D_PART=triton_config.query_part(config, dim), BLOCK_SIZE=block_size, BLOCK_M=block_m,
+        BLOCK_N=min(config.block_n, block_size),
         DOT=tl.float32 if target.interpreted else _TL_DTYPES[query.dtype], PRECISION=dot_precision(target),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
