@@ -6,6 +6,7 @@ of the backend and of the plain PyTorch form take turns, and pytest-benchmark ke
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark", reason="pip install '.[bench]', or python3 run.py bench")
+if importlib.util.find_spec("pytest_benchmark") is None:
+    raise pytest.UsageError("bench/ needs pytest-benchmark: pip install '.[bench]', or python3 run.py bench")
 
 from bench import measure, memory, microbench, problems, roofline
 from bench.environment import environment
