@@ -54,7 +54,7 @@ def test_verdicts_count_both_directions():
         {"op": "select_tokens", "rows": n, "caches": caches, "to_bound": x}
         for n, caches, x in ((8, "warm", 1.6), (1, "warm", 1.4), (8, "cold", 1.0), (1, "cold", 2.0))
     ]
-    rows = [row(1.2, 9.0, 5), row(1.6, 7.9, 20), row(1.5, 8.0, None), *chosen]
+    rows = [row(1.2, 9.0, 5), row(1.6, 7.9, 20), row(1.5, 8.5, None), *chosen]
     found = [(v["met"], v["of"], v["worst"]) for v in score_goals.verdicts(rows)]
     assert found == [(2, 3, 1.6), (2, 3, 7.9), (1, 1, 1.4), (0, 1, 1.6), (0, 1, 2.0), (1, 1, 1.0), (1, 2, 2.0)]
     assert score_goals.table(score_goals.verdicts(rows)).count("NOT REACHED") == 5
