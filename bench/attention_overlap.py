@@ -143,9 +143,8 @@ def measure(
     budgets: Sequence[Blocks],
     ratios: Sequence[float],
     prompts: int,
-) -> list[Row]:
-    """All rows; says on stderr how far it is."""
-    found: list[Row] = []
+) -> Iterator[list[Row]]:
+    """The rows of one prompt length after the other; says on stderr how far it is."""
     for tokens in lengths:
         pairs: dict[Blocks, list[tuple[Reading, Reading]]] = {blocks: [] for blocks in budgets}
         for index in range(prompts):
@@ -154,9 +153,8 @@ def measure(
             for blocks in budgets:
                 pairs[blocks].append((dense, read(loop, sample, ratios, blocks)))
             print(f"{tokens} tokens: {index + 1} of {prompts} prompts", file=sys.stderr, flush=True)
-        for blocks in budgets:
-            found += rows(pairs[blocks], tokens, blocks, ratios, loop.config.chunk_size)
-    return found
+        chunk = loop.config.chunk_size
+        yield [row for blocks in budgets for row in rows(pairs[blocks], tokens, blocks, ratios, chunk)]
 
 
 def parse_blocks(text: str) -> Blocks:
@@ -183,18 +181,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model, tokenizer = models.load(chosen.model, device=chosen.device)
     loop = SpecPrefill(model, model, SpecPrefillConfig.preset(chosen.preset), tokenizer=tokenizer)
-    found = measure(
+    result = {"environment": environment(chosen.device), "model": chosen.model, "preset": chosen.preset}
+    found: list[Row] = []
+    for some in measure(
         loop,
         chosen.tasks.split(","),
         [int(n) for n in chosen.tokens.split(",")],
         [parse_blocks(text) for text in chosen.blocks.split(",")],
         [float(ratio) for ratio in chosen.keep_ratio.split(",")],
         chosen.prompts,
-    )
+    ):
+        found += some
+        if chosen.out:
+            chosen.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in found]}, indent=1) + "\n")
     print(markdown(found))
-    if chosen.out:
-        result = {"environment": environment(chosen.device), "model": chosen.model, "preset": chosen.preset}
-        chosen.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in found]}, indent=1) + "\n")
     return 0
 
 

@@ -44,12 +44,14 @@ def test_lengths_and_budgets(backend, case):
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=str)
 def test_head_dims_and_dtypes(backend, head_dim, dtype):
-    check(Case(rows=40, total=64, head_dim=head_dim, dtype=dtype, keep=3, seed=head_dim), backend)
+    if backend.interpreted and dtype != BF16 and head_dim not in (80, 256):
+        pytest.skip("the interpreter computes all of them in fp32; what differs is tested with two")
+    check(Case(24, 48, heads=(1, 1), head_dim=head_dim, dtype=dtype, keep=2, local=1, seed=head_dim), backend)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (3, 1)])
 def test_groups_of_heads_and_batches(backend, heads):
-    check(Case(rows=50, total=70, heads=heads, batch=backend.sized(3, 2), keep=3), backend)
+    check(Case(rows=20, total=50, heads=heads, batch=backend.sized(3, 2), keep=3), backend)
 
 
 @given(
@@ -62,7 +64,10 @@ def test_groups_of_heads_and_batches(backend, heads):
 )
 def test_any_shape(backend, total, part, sink, local, more, seed):
     rows = max(1, round(part * total))
-    check(Case(rows, total, head_dim=4, keep=sink + local + more, sink=sink, local=local, seed=seed), backend)
+    check(
+        Case(rows, total, heads=(1, 1), head_dim=4, keep=sink + local + more, sink=sink, local=local, seed=seed),
+        backend,
+    )
 
 
 def test_equal_scores_go_to_the_earlier_block(backend):
@@ -114,10 +119,10 @@ def test_all_blocks_are_dense_attention(backend):
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(backend):
-    query, key, value = (place(x, backend.device) for x in Case(rows=112, total=112).tensors())
+    query, key, value = (place(x, backend.device) for x in Case(rows=112, total=112, heads=(1, 1)).tensors())
     options = {"block_size": 16, "keep_blocks": 4, "backend": backend.name}
     whole = spk.sparse_prefill_attention(query, key, value, **options)
-    bounds = [0, 48, 64, 112]
+    bounds = [0, 64, 112]
     parts = [
         spk.sparse_prefill_attention(query[:, :, a:b], key[:, :, :b], value[:, :, :b], **options)
         for a, b in pairwise(bounds)

@@ -92,6 +92,11 @@ def query_part(config: AttentionConfig, head_dim: int) -> int:
     return QUERY_PART if config in _HEAVY.values() and head_dim > 64 else 0
 
 
+def ranked_rows(width: int) -> int:
+    """Query blocks that one program ranks: 4 numbers a thread of one warp where there are few blocks."""
+    return max(1, 128 // width)
+
+
 def rank_warps(width: int) -> int:
     """Warps that rank `width` blocks in registers, 16 to 64 numbers a thread."""
     return min(max(width // 512, 1), 16)

@@ -39,6 +39,7 @@ def select_attention_blocks(query: Tensor, key: Tensor, budget: BlockBudget) -> 
     step = min(count, max(1, triton_config.SCORES_AT_ONCE // (batch * heads * key_blocks)))
     scores = torch.empty(batch * heads * step * key_blocks, dtype=torch.float32, device=query.device)
     tile = triton_config.SCORE_TILE
+    ranked = power_of_2(count) if target.interpreted else triton_config.ranked_rows(columns)
     for start in range(0, count, step):
         part = min(step, count - start)
         tiles = -(-min(key_blocks, first + start + part) // tile)
@@ -52,10 +53,10 @@ def select_attention_blocks(query: Tensor, key: Tensor, budget: BlockBudget) -> 
         )  # fmt: skip
         _triton.launch(
             triton_select.rank_blocks,
-            (batch * heads * part,),
+            (batch * heads * -(-part // ranked),),
             indices, counts, scores, count, part, start, first, key_blocks, width,
             budget.keep_blocks, budget.sink_blocks, budget.local_blocks,
-            on=query, BLOCKS=columns, WIDTH=power_of_2(width),
+            on=query, ROWS=ranked, BLOCKS=columns, WIDTH=power_of_2(width),
             num_warps=triton_config.rank_warps(columns), num_stages=1,
         )  # fmt: skip
     return indices, counts

@@ -75,15 +75,17 @@ def rank_blocks(
     counts,  # [B, Hq, count] int32, out
     scores,  # [B, Hq, rows, key_blocks] fp32
     count, rows, first_row, first, key_blocks, width, keep_blocks, sink_blocks, local_blocks,
-    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program for each query block and head. BLOCKS and WIDTH: key blocks and width, padded."""
-    pid = tl.program_id(0)
-    row, unit = pid % rows, pid // rows
+    """One program for ROWS query blocks of a head. BLOCKS and WIDTH: key blocks and width, padded."""
+    tiles = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    unit = (tl.program_id(0) // tiles).to(tl.int64)
+    there = row < rows
     own = first + first_row + row
-    j = tl.arange(0, BLOCKS)
-    earlier = j < own
-    score = tl.load(scores + pid.to(tl.int64) * key_blocks + j, mask=earlier, other=0.0)
+    j = tl.arange(0, BLOCKS)[None, :]
+    earlier = there & (j < own)
+    score = tl.load(scores + (unit * rows + row) * key_blocks + j, mask=earlier, other=0.0)
     # Bits that order as the numbers do, above them NaN, above that the fixed blocks; 0 is no block.
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -91,17 +93,18 @@ def rank_blocks(
     key = tl.where((j < sink_blocks) | (j > own - local_blocks), 0xFFFFFFFF, key)
     key = tl.where(earlier, key, 0)
     wanted = tl.minimum(own + 1, keep_blocks) - 1
-    least = tl.zeros((), tl.uint32)
+    least = tl.zeros((ROWS, 1), tl.uint32)
     for bit in tl.static_range(31, -1, -1):
         higher = least | (1 << bit)
-        least = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= wanted, higher, least)
+        least = tl.where(tl.sum((key >= higher).to(tl.int32), 1)[:, None] >= wanted, higher, least)
     above = key > least
     ties = (key == least) & (key != 0)
-    room = wanted - tl.sum(above.to(tl.int32), 0)
-    kept = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
-    slot = tl.cumsum(kept.to(tl.int32), 0) - 1
-    line = unit.to(tl.int64) * count + first_row + row
-    tl.store(indices + line * width + slot, j, mask=kept)
-    rest = tl.arange(0, WIDTH)
-    tl.store(indices + line * width + rest, -1, mask=(rest >= wanted) & (rest < width))
-    tl.store(counts + line, wanted)
+    room = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
+    kept = above | (ties & (tl.cumsum(ties.to(tl.int32), 1) <= room))
+    slot = tl.cumsum(kept.to(tl.int32), 1) - 1
+    line = unit * count + first_row + row
+    tl.store(indices + line * width + slot, tl.broadcast_to(j, ROWS, BLOCKS), mask=kept & there)
+    rest = tl.arange(0, WIDTH)[None, :]
+    nothing = tl.full((ROWS, WIDTH), -1, tl.int32)
+    tl.store(indices + line * width + rest, nothing, mask=there & (rest >= wanted) & (rest < width))
+    tl.store(counts + line, wanted, mask=there)
