@@ -8,10 +8,7 @@
 // for any number of threads, batch or scratch memory.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/arena.h"
@@ -19,6 +16,7 @@
 #include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/processor.h"
+#include "common/scratch.h"
 #include "common/status.h"
 #include "score/check.h"
 #include "score/cpu_kernels.h"
@@ -330,8 +328,7 @@ int specprefill_score_layers_cpu(const specprefill_score* args, const specprefil
                           workspace_bytes);
       return scorer.run(Arena(workspace, workspace_bytes));
     }
-    const std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::malloc(best)), &std::free);
-    if (!memory) throw std::bad_alloc();
-    return scorer.run(Arena(memory.get(), best));
+    const ScratchMemory memory(best);
+    return scorer.run(Arena(memory.data(), best));
   });
 }
