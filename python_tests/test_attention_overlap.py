@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from loop_models import build, byte_tokenizer, config
 from quality_samples import sample
 
-from bench.attention_overlap import Reading, markdown, parse_blocks, rank_correlation, read, rows
 from specprefill_kernels.loop import SpecPrefill
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the bench is not part of the package
+
+from bench.attention_overlap import Reading, markdown, parse_blocks, rank_correlation, read, rows
 
 
 def reading(kept: set[int], importance: list[float], *, attention: str = "dense", **changes) -> Reading:
