@@ -200,7 +200,7 @@ def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command, *storage, *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python_tests'}"},
         capture_output=True,
         text=True,
         check=False,
@@ -223,3 +223,22 @@ def test_saved_runs_are_compared(tmp_path):
     slower = run_pytest(tmp_path, "--benchmark-compare=0001", "--benchmark-compare-fail=median:1000%")
     assert slower.returncode != 0
     assert "Performance has regressed" in slower.stdout + slower.stderr
+
+
+def test_a_gpu_is_timed_by_its_events(tmp_path):
+    """Calls and graphs, by the device's clock and not the host's; the caches are always flushed."""
+    pytest.importorskip("pytest_benchmark")
+    saved = tmp_path / "ops.json"
+    options = ["-p", "fake_cuda", "--device", "cuda", "--backend", "cpu,reference", "--caches", "warm"]
+    result = run_pytest(tmp_path, *options, "--benchmark-json", str(saved))
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(saved.read_text())
+    assert report["environment"]["gpu"] == "Some GPU"
+    infos = [one["extra_info"] for one in report["benchmarks"]]
+    assert [(info["backend"], info["graph"]) for info in infos] == [("cpu", False), ("cpu", True), ("reference", False)]
+    for one in report["benchmarks"]:
+        assert one["stats"]["min"] == one["stats"]["max"] == pytest.approx(1000)
+        assert one["options"]["timer"] == "device_timer"
+        assert one["extra_info"]["peak_bytes"] == 1000
+        assert one["extra_info"]["cold"]
+    assert infos[0]["ratios"]["eager"] == pytest.approx(1)
