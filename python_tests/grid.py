@@ -32,6 +32,12 @@ EMULATED = bool(os.environ.get("SPECPREFILL_EMULATION"))
 T = TypeVar("T")
 
 
+def written(op: str, name: str) -> bool:
+    """Whether this version has the op on a backend at all: a room may have no CUDA kernels of its own."""
+    module = f"specprefill_kernels.ops.{_backends.ROOMS[op]}.{_backends.SUBMODULES[name]}"
+    return name != "cuda" or importlib.util.find_spec(module) is not None
+
+
 def must_run(name: str) -> bool:
     """Whether a backend has to be there: a room that does not import must fail, not drop out of the grid."""
     if name == "triton":
@@ -98,7 +104,8 @@ def _device(op: str, name: str) -> str:
 
 def backends(op: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Backend]:
     """Those that must be there and all others that can run; ``test_backends.py`` shows why the rest cannot."""
-    able = [name for name, reason in spk.available_backends(op).items() if reason is None or must_run(name)]
+    reasons = spk.available_backends(op).items()
+    able = [name for name, reason in reasons if reason is None or (must_run(name) and written(op, name))]
     columns = [Backend(name, op, _device(op, name)) for name in dict.fromkeys([*REQUIRED, *able])]
     if torch.cuda.is_available():
         columns.append(Backend("reference", op, "cuda"))
