@@ -36,9 +36,8 @@ def count(messages: list[dict[str, str]]) -> int:
 
 
 def test_a_session_is_read_once_in_its_longest_form(tmp_path):
-    file = written(
-        tmp_path, case("short", 40, 40, 40, session="a"), case("long", 40, 40, 40, 40, 40, session="a"), case("b", 8)
-    )
+    first, last = (case(name, 40, 40, 40, session="a") for name in ("first", "last"))
+    file = written(tmp_path, first, case("long", 40, 40, 40, 40, 40, session="a"), last, case("b", 8))
     found = transcripts.load(file)
     assert [(one.id, len(one.messages), one.agent) for one in found] == [("long", 5, "an-agent"), ("b", 1, "an-agent")]
 
