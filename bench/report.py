@@ -27,7 +27,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], str]]] = {
     "ceilings": (
         "The machine's ceilings",
         "Measured with plain torch, out of cache. A fraction of the roofline is max(bytes / faster stream, operations "
-        "/ faster matmul) over the measured time; on warm caches the stream is that of the cache that holds the bytes.",
+        "/ faster matmul) over the measured time; on warm caches the stream is one of as many bytes.",
         tables.ceilings,
     ),
     "goals": ("Goals on the CPU", "Each in turn with what it is compared with, in one run.", tables.goals),

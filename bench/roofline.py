@@ -27,14 +27,15 @@ DTYPES = ("float32", "bfloat16")
 
 
 def ceilings(device: str, threads: int, quick: bool = False) -> dict[str, Any]:
-    """{"threads", "copy": {where: bytes per second}, "read": {...}, "matmul": {dtype: operations per second}}."""
+    """{"threads", "sizes": {where: bytes}, "copy": {where: bytes per second}, "read": ..., "matmul": {dtype: rate}}."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         # Warm: a stream that fits a cache is to be found there, one that does not is cold by itself.
         ticks = measure.clock(device, quick, cold=False)
-        found: dict[str, Any] = {"device": device, "threads": threads, "copy": {}, "read": {}, "matmul": {}}
-        for where, size in working_sets(device, quick).items():
+        found: dict[str, Any] = {"device": device, "threads": threads, "sizes": {}, "copy": {}, "read": {}}
+        found["sizes"] = working_sets(device, quick)
+        for where, size in found["sizes"].items():
             found["copy"][where], found["read"][where] = _streams(ticks, device, size, quick)
         found["matmul"] = {name: _matmul(ticks, device, name, quick) for name in DTYPES}
         return found
@@ -43,14 +44,21 @@ def ceilings(device: str, threads: int, quick: bool = False) -> dict[str, Any]:
 
 
 def working_sets(device: str, quick: bool = False) -> dict[str, int]:
-    """Bytes of source and target together: half of each cache, and four times the largest for memory."""
+    """Bytes of source and target together: doubling from half of the L2 cache on, and what no cache holds."""
     if quick:
         return {"memory": 2**21}
     if device == "cuda":
         return {"memory": 2**31}
-    levels = {name: size // 2 for name, size in caches().items() if name.startswith(("L2", "L3", "L4"))}
+    last = measure.last_cache()
+    sizes = [caches().get("L2", 2**20) // 2]
     # On a virtual machine the last cache may be a hundred processors', most of it in use by others.
-    return levels | {"memory": min(max(2**28, 4 * measure.last_cache()), 2**30)}
+    while 2 * sizes[-1] <= min(last // 2, 2**27):
+        sizes.append(2 * sizes[-1])
+    return {_mib(size): size for size in sizes} | {"memory": min(max(2**28, 4 * last), 2**30)}
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:g} MiB"
 
 
 def _streams(ticks: Any, device: str, size: int, quick: bool) -> tuple[float, float]:
@@ -67,7 +75,7 @@ def _streams(ticks: Any, device: str, size: int, quick: bool) -> tuple[float, fl
         for _ in range(calls):
             source.sum()
 
-    times = measure.in_turn(ticks, {"copy": copy, "read": read}, 0.01 if quick else 0.6, most=30)
+    times = measure.in_turn(ticks, {"copy": copy, "read": read}, 0.01 if quick else 0.3, most=30)
     return 2 * half * calls / times["copy"].p20, half * calls / times["read"].p20
 
 
@@ -96,28 +104,28 @@ def peak(found: dict[str, Any], dtype: str) -> float:
 
 
 def level(found: dict[str, Any], nbytes: int) -> str:
-    """The smallest of the measured levels that holds so many bytes."""
-    sizes = caches()
-    fits = [name for name in found["copy"] if sizes.get(name, 0) >= nbytes]
-    return min(fits, key=lambda name: sizes[name], default="memory")
+    """The largest of the measured streams that is no longer than so many bytes, so that none is slower by its size."""
+    sizes = {name: size for name, size in found.get("sizes", {}).items() if name in found["copy"]}
+    fits = [name for name in sizes if sizes[name] <= nbytes]
+    return (
+        max(fits, key=lambda name: sizes[name]) if fits else min(sizes, key=lambda name: sizes[name], default="memory")
+    )
 
 
 def floor(found: dict[str, Any], nbytes: int, operations: int, dtype: str, cold: bool = True) -> float:
-    """The fewest seconds: with cold caches from memory, with warm ones from the smallest cache that holds the bytes."""
+    """The fewest seconds: with cold caches from memory, with warm ones as fast as a stream of as many bytes."""
     where = "memory" if cold else level(found, nbytes)
     return max(nbytes / bandwidth(found, where), operations / peak(found, dtype))
 
 
 def text(found: dict[str, Any]) -> str:
-    """Two lines for a terminal."""
-    copy, read = found["copy"], found["read"]
-    streams = [f"{where}: copy {copy[where] / 1e9:.1f}, read {read[where] / 1e9:.1f}" for where in copy]
-    products = [f"{name} {rate / 1e9:.0f}" for name, rate in found["matmul"].items()]
-    return (
-        f"{found['device']}, {found['threads']} threads\n"
-        f"  GB/s     {'; '.join(streams)}\n"
-        f"  GFLOP/s  {'; '.join(products)} (torch.mm)"
-    )
+    """A few lines for a terminal."""
+    rows = [
+        (way, ", ".join(f"{where} {rate / 1e9:.1f}" for where, rate in found[way].items())) for way in ("copy", "read")
+    ]
+    products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in found["matmul"].items())
+    lines = [f"  {way}, GB/s       {rates}" for way, rates in rows]
+    return "\n".join([f"{found['device']}, {found['threads']} threads", *lines, f"  matmul, GFLOP/s  {products}"])
 
 
 def main(argv: list[str] | None = None) -> int:

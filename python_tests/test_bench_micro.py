@@ -23,8 +23,9 @@ TINY = shapes.QUICK_MODELS[0]
 CEILING = {
     "device": "cpu",
     "threads": 1,
-    "copy": {"memory": 10e9, "L2": 40e9},
-    "read": {"memory": 12e9, "L2": 30e9},
+    "sizes": {"1 MiB": 2**20, "4 MiB": 2**22, "memory": 2**28},
+    "copy": {"1 MiB": 40e9, "4 MiB": 15e9, "memory": 10e9},
+    "read": {"1 MiB": 30e9, "4 MiB": 20e9, "memory": 12e9},
     "matmul": {"float32": 100e9, "bfloat16": 30e9},
 }
 
@@ -126,15 +127,17 @@ def test_operations_by_hand():
     assert operations.select_tokens(3, 10) == 40
 
 
-def test_the_floor_is_the_higher_of_two(monkeypatch):
+def test_the_floor_is_the_higher_of_two():
     assert roofline.floor(CEILING, 12 * 10**9, 0, "float32") == 1.0  # the faster stream
     assert roofline.floor(CEILING, 0, 100 * 10**9, "bfloat16") == 1.0  # bf16 may be widened
     assert roofline.floor(CEILING, 24 * 10**9, 300 * 10**9, "float32") == 3.0
-    monkeypatch.setattr(roofline, "caches", lambda: {"L1d": 2**15, "L2": 2**21})
-    assert roofline.level(CEILING, 2**20) == "L2"
-    assert roofline.level(CEILING, 2**22) == "memory"
+    sizes = (10, 2**20, 2**21, 2**22, 2**30)
+    assert [roofline.level(CEILING, n) for n in sizes] == ["1 MiB", "1 MiB", "1 MiB", "4 MiB", "memory"]
     assert roofline.floor(CEILING, 2**20, 0, "float32", cold=False) == 2**20 / 40e9
+    assert roofline.floor(CEILING, 2**22, 0, "float32", cold=False) == 2**22 / 20e9
     assert roofline.floor(CEILING, 2**20, 0, "float32", cold=True) == 2**20 / 12e9
+    old = {name: rates for name, rates in CEILING.items() if name != "sizes"}
+    assert roofline.level(old, 100) == "memory"
 
 
 def test_ceilings_are_measured():
