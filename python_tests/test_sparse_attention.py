@@ -228,6 +228,17 @@ def test_bad_lists_are_named(backend, listed, count, message):
         )
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_tiles_smaller_than_a_block(backend, head_dim, monkeypatch):
+    """Several programs for a query block, several tiles for a key block, and above 64 dimensions queries in parts."""
+    if backend.name != "triton":
+        pytest.skip("a matter of Triton's launches")
+    from specprefill_kernels.ops.sparse_attention import triton_config
+
+    monkeypatch.setattr(triton_config, "_INTERPRETED", triton_config._HEAVY[128])
+    check(Case(rows=37, total=69, heads=(1, 1), head_dim=head_dim, block_size=32, keep=2, local=1), backend)
+
+
 def test_more_rows_than_are_ranked_at_once(backend, monkeypatch):
     from specprefill_kernels.ops.sparse_attention import reference
 
