@@ -177,3 +177,25 @@ def test_rows_that_a_tile_has_to_spare_weigh_nothing(backend, look_ahead, heads,
     """Also where all keys are seen, and no other row needs a mask."""
     case = Case(seq_lens=(150,), rows=rows, look_ahead=look_ahead, heads=heads, head_dim=16, one_row=one_row)
     check(case, backend)
+
+
+def outshone(case: Case, at: int, row: int):
+    """The case's problem with the key at a position along one row's query: its score is some thousand."""
+    problem = draw(case)
+    problem.keys[0][at] = 40 * problem.query[0, row, 0]
+    return problem
+
+
+@pytest.mark.parametrize("at", [0, 1, 11, 23, 24, 25, 100, 383, 384, 399])
+def test_one_key_outshines_all_wherever_it_lies(backend, at):
+    """The exponent's shift is a maximum over every key: without this one, its weight would be Inf."""
+    problem = outshone(LONG.but(seq_lens=(400,), options={"pool_kernel_size": 3}), at, 0)
+    assert_close(problem.run(backend), problem.expected())
+
+
+@pytest.mark.parametrize(("options", "at"), [({"normalize_over": "visible"}, 46), ({"window": 20}, 25)], ids=str)
+def test_a_key_that_a_row_must_not_see_does_not_outshine_its_own(backend, options, at):
+    """Behind the row's position, or before its window: were it part of the row's maximum, all weights would be 0."""
+    row = 0 if at == 46 else 1
+    problem = outshone(LONG.but(seq_lens=(45,), look_ahead=3, options=options), at, row)
+    assert_close(problem.run(backend), problem.expected())
