@@ -138,9 +138,14 @@ def test_many_stretches_join(backend):
     assert_close(problem.run(backend), problem.expected())
 
 
-@pytest.mark.parametrize("lengths", [(253, 254), (255, 256), (511, 512), (1023, 1024)], ids=str)
+@pytest.mark.parametrize("lengths", [(253, 254), (255, 256), (382, 766), (511, 512), (1023, 1024)], ids=str)
 def test_look_ahead_keys_in_a_stretch_of_their_own(backend, lengths):
     check(LONG.but(seq_lens=lengths, look_ahead=3, options={"normalize_over": "visible"}), backend)
+
+
+@pytest.mark.parametrize("lengths", [(383, 384), (385, 768)], ids=str)
+def test_rows_that_end_within_a_full_tile(backend, lengths):
+    check(LONG.but(seq_lens=lengths, look_ahead=3, options={"queries": "observation_window"}), backend)
 
 
 @pytest.mark.parametrize("window", range(119, 126))
