@@ -166,7 +166,7 @@ def over_eager(results: Results) -> Figure | None:
     rows = results.rows("goals") or results.ops
     return _by_dtype(
         rows,
-        lambda row: row.get("over_eager") or row.get("ratios", {}).get("eager"),
+        lambda row: row.get("over_definition") or row.get("ratios", {}).get("eager"),
         "times faster than eager",
         _times(8.0),
     )

@@ -82,7 +82,8 @@ def goals(results: Results) -> str:
 
 
 def score(results: Results) -> str:
-    """One line for each model and length: times the bare matmul, and how much faster than eager."""
+    """One line for each model and length: times the bare matmul, and how much faster than the definition and than the
+    leanest eager form."""
     measured = [row for row in results.rows("goals") if row["op"] == "score_layers"]
     kinds = list(dict.fromkeys((row["dtype"], row["threads"]) for row in measured))
     keyed: dict[tuple[str, int], dict[tuple[str, int], dict[str, Any]]] = {}
@@ -98,7 +99,8 @@ def score(results: Results) -> str:
                 continue
             one = by_kind[kind]
             layers = "" if one["layers"] == one["of_layers"] else f" ({one['layers']}/{one['of_layers']} layers)"
-            spent, near = time(one["seconds"]["p50"]), f"{one['to_matmul']:.2f} / {one['over_eager']:.1f}"
+            factors = [f"{one['to_matmul']:.2f}", f"{one['over_definition']:.1f}", f"{one['over_eager']:.1f}"]
+            spent, near = time(one["seconds"]["p50"]), " / ".join(factors)
             cells.append(f"{spent}{layers}: {near}")
         rows.append((model, size_name(tokens), *cells))
     return markdown(header, rows, left=2)
@@ -232,6 +234,7 @@ def ttft(results: Results) -> str:
             f"{row.get('device', '?')}, {dtype(row.get('dtype', '?'))}, {row.get('weights', '?')} weights",
             str(row.get("tokens", "?")),
             f"{row.get('keep_ratio', 0):g}",
+            str(row.get("speculator_attention_ran", "")),
             time(row["full_seconds"]),
             time(row["speculative_seconds"]),
             f"{row['ratio']:.2f}x",
@@ -246,6 +249,7 @@ def ttft(results: Results) -> str:
         "measured",
         "tokens",
         "keep",
+        "speculator's attention",
         "full",
         "speculative",
         "ratio",

@@ -65,7 +65,8 @@ def goals() -> dict[str, Any]:
         for tokens in PROMPTS:
             row = {"op": "score_layers", "model": name, "tokens": tokens, "dtype": "bfloat16", "threads": 2}
             row |= {"layers": layers if tokens < 1e5 else 4, "of_layers": layers, "seconds": times(per * layers)}
-            rows.append(row | {"to_matmul": 1.23, "over_eager": 8.9, "peak_bytes": 10, "peak_limit": 20})
+            factors = {"to_matmul": 1.23, "over_definition": 11.2, "over_eager": 8.9}
+            rows.append(row | factors | {"peak_bytes": 10, "peak_limit": 20})
     row = {"op": "select_tokens", "tokens": 2048, "threads": 1, "rows": 1, "caches": "warm", "seconds": times(3e-5)}
     rows.append(row | {"bound_seconds": times(2e-5), "to_bound": 1.5, "over_eager": 4.0})
     verdicts = [{"goal": "fast enough", "met": 3, "of": 4, "worst": 1.7, "median": 1.2}]

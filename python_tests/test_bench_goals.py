@@ -48,7 +48,8 @@ def test_the_fastest_form_counts():
 
 def test_verdicts_count_both_directions():
     def row(to: float, over: float, peak: int | None) -> dict:
-        return {"op": "score_layers", "to_matmul": to, "over_eager": over, "peak_bytes": peak, "peak_limit": 10}
+        factors = {"to_matmul": to, "over_definition": over, "over_eager": over - 1}
+        return {"op": "score_layers", **factors, "peak_bytes": peak, "peak_limit": 10}
 
     chosen = [
         {"op": "select_tokens", "rows": n, "caches": caches, "to_bound": x}
@@ -56,8 +57,9 @@ def test_verdicts_count_both_directions():
     ]
     rows = [row(1.2, 9.0, 5), row(1.6, 7.9, 20), row(1.5, 8.5, None), *chosen]
     found = [(v["met"], v["of"], v["worst"]) for v in score_goals.verdicts(rows)]
-    assert found == [(2, 3, 1.6), (2, 3, 7.9), (1, 1, 1.4), (0, 1, 1.6), (0, 1, 2.0), (1, 1, 1.0), (1, 2, 2.0)]
-    assert score_goals.table(score_goals.verdicts(rows)).count("NOT REACHED") == 5
+    scores, selections = [(2, 3, 1.6), (2, 3, 7.9), (1, 3, 6.9)], [(1, 1, 1.4), (0, 1, 1.6), (0, 1, 2.0), (1, 1, 1.0)]
+    assert found == [*scores, *selections, (1, 2, 2.0)]
+    assert score_goals.table(score_goals.verdicts(rows)).count("NOT REACHED") == 6
 
 
 def test_the_goals_command(tmp_path, capsys):
@@ -68,6 +70,7 @@ def test_the_goals_command(tmp_path, capsys):
     for row in scores:
         assert row["to_matmul"] == pytest.approx(row["seconds"]["p50"] / row["matmul_seconds"]["p50"])
         assert row["over_eager"] == pytest.approx(row["eager_seconds"] / row["seconds"]["p50"])
+        assert row["over_definition"] > 0
         assert (row["matmul_float32_seconds"] is None) == (row["dtype"] == "float32")
         assert row["layers"] == row["of_layers"] == 2
     selects = {(row["op"], row["rows"], row["caches"]) for row in report["rows"] if row["op"] != "score_layers"}
