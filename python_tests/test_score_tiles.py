@@ -62,6 +62,17 @@ def test_tiles_before_a_window_weigh_nothing(backend, queries, window, width):
     check(LONG.but(seq_lens=(420, 130), look_ahead=3, options=options), backend)
 
 
+@pytest.mark.parametrize("window", [1, 20])
+def test_what_memory_held_before_does_not_matter(backend, window):
+    """A tile that no row sees is next to one that some do: pooling reads both."""
+    if backend.name == "reference":
+        pytest.skip("takes no workspace")
+    problem = draw(LONG.but(seq_lens=(790,), look_ahead=3, options={"window": window, "pool_kernel_size": 101}))
+    size = spk.score_workspace_size(3, 2, 1, 16, 790, pool_kernel_size=101, backend=backend.name)
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=backend.device)  # NaN, as fp32
+    assert_close(problem.run(backend, workspace=workspace), problem.expected())
+
+
 def test_nothing_is_read_before_a_window(backend):
     """Whole tiles that no row sees are not touched: NaN there does no harm."""
     problem = draw(LONG.but(seq_lens=(700,), options={"window": 20}))

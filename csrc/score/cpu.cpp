@@ -179,9 +179,9 @@ class Scorer {
     const float factor = static_cast<float>(static_cast<double>(layer.scale) * key_scale * unit);
     std::fill_n(item.query, size * layer.head_dim, 0.0f);
     std::fill_n(item.present, size, 0.0f);
-    // Lanes without a row see everything: a tile that every row sees whole needs no mask.
-    std::fill_n(item.begin, size, 0);
-    std::fill_n(item.end, size, static_cast<int32_t>(item.readable));
+    // Lanes without a row see what the first row does, so that they neither ask for a mask nor for a tile.
+    std::fill_n(item.begin, size, static_cast<int32_t>(first_seen(item, layer, 0)));
+    std::fill_n(item.end, size, static_cast<int32_t>(last_seen(item, 0) + 1));
     if (item.lse) std::fill_n(item.lse, size, 0.0f);
     for (int64_t m = 0; m < item.group * item.lanes.rows; ++m) {
       const int64_t n = m % item.lanes.rows, head = item.head * item.group + m / item.lanes.rows;
@@ -193,16 +193,22 @@ class Scorer {
         item.query[d * size + at] = to_float(q + d * layer.query_stride_dim * bytes, layer.query_dtype) * factor;
       }
       item.present[at] = 1.0f;
-      const bool look_ahead = args_.queries == SPECPREFILL_LOOK_AHEAD;
-      const int64_t position = look_ahead ? item.length - 1 + n : item.length - item.lanes.rows + n;
-      item.end[at] = static_cast<int32_t>(std::min(position + 1, item.readable));
-      item.begin[at] = layer.window ? static_cast<int32_t>(std::max<int64_t>(position - layer.window + 1, 0)) : 0;
+      item.end[at] = static_cast<int32_t>(last_seen(item, n) + 1);
+      item.begin[at] = static_cast<int32_t>(first_seen(item, layer, n));
       if (item.lse) {
         const float lse =
             layer.lse[item.b * layer.lse_stride_batch + n * layer.lse_stride_row + head * layer.lse_stride_head];
         item.lse[at] = static_cast<float>(lse * kLog2E);
       }
     }
+  }
+
+  int64_t position(const Item& item, int64_t n) const {
+    return args_.queries == SPECPREFILL_LOOK_AHEAD ? item.length - 1 + n : item.length - item.lanes.rows + n;
+  }
+  int64_t last_seen(const Item& item, int64_t n) const { return std::min(position(item, n), item.readable - 1); }
+  int64_t first_seen(const Item& item, const specprefill_layer& layer, int64_t n) const {
+    return layer.window ? std::max<int64_t>(position(item, n) - layer.window + 1, 0) : 0;
   }
 
   ScoreTile tile_of(const Item& item, int64_t index, float* panel) const {

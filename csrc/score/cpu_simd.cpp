@@ -295,8 +295,9 @@ static int64_t combine(float* maxima, const float* sums, int64_t tiles, int64_t 
       total += factor * load(sums + i * stride + at);
       store(maxima + i * stride + at, factor);
     }
-    // Inf - Inf and NaN - NaN are not 0. A row without a maximum has a sum of 0, unless it saw NaN.
-    const vi good = (total - total == vf{}) & ((maximum - maximum == vf{}) | (unseen & (total == vf{})));
+    // Inf - Inf and NaN - NaN are not 0. A maximum of Inf makes a sum of NaN, and so does NaN where nothing else was
+    // seen.
+    const vi good = total - total == vf{};
     const vf here = load(present + at);
     const vf factor = unseen ? vf{} : lse ? here : here / total;
     for (int64_t i = 0; i < tiles; ++i) store(maxima + i * stride + at, load(maxima + i * stride + at) * factor);
