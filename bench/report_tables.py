@@ -117,11 +117,22 @@ def select(results: Results) -> str:
             time(row["seconds"]["p50"]),
             time(row["bound_seconds"]["p50"]),
             f"{row['to_bound']:.2f}",
+            f"{row['compiled_to_bound']:.2f}" if row.get("compiled_to_bound") else "",
             f"{row['over_eager']:.1f}x" if row.get("over_eager") else "",
         )
         for row in measured
     ]
-    header = ("op", "tokens", "caches", "threads", "time", "copy + sort", "times", "faster than eager")
+    header = (
+        "op",
+        "tokens",
+        "caches",
+        "threads",
+        "time",
+        "copy + sort",
+        "times",
+        "compiled call alone",
+        "faster than eager",
+    )
     return markdown(header, rows, left=1)
 
 

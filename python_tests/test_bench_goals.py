@@ -52,12 +52,22 @@ def test_verdicts_count_both_directions():
         return {"op": "score_layers", **factors, "peak_bytes": peak, "peak_limit": 10}
 
     chosen = [
-        {"op": "select_tokens", "rows": n, "caches": caches, "to_bound": x}
+        {"op": "select_tokens", "rows": n, "caches": caches, "to_bound": x, "compiled_to_bound": x / 2}
         for n, caches, x in ((8, "warm", 1.6), (1, "warm", 1.4), (8, "cold", 1.0), (1, "cold", 2.0))
     ]
     rows = [row(1.2, 9.0, 5), row(1.6, 7.9, 20), row(1.5, 8.5, None), *chosen]
     found = [(v["met"], v["of"], v["worst"]) for v in score_goals.verdicts(rows)]
-    scores, selections = [(2, 3, 1.6), (2, 3, 7.9), (1, 3, 6.9)], [(1, 1, 1.4), (0, 1, 1.6), (0, 1, 2.0), (1, 1, 1.0)]
+    scores = [(2, 3, 1.6), (2, 3, 7.9), (1, 3, 6.9)]
+    selections = [
+        (1, 1, 1.4),
+        (1, 1, 0.7),
+        (0, 1, 1.6),
+        (1, 1, 0.8),
+        (0, 1, 2.0),
+        (1, 1, 1.0),
+        (1, 1, 1.0),
+        (1, 1, 0.5),
+    ]
     assert found == [*scores, *selections, (1, 2, 2.0)]
     assert score_goals.table(score_goals.verdicts(rows)).count("NOT REACHED") == 6
 
