@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/scratch.h"
 #include "score/cpu_kernels.h"
 
 namespace py = pybind11;
@@ -238,6 +239,8 @@ PYBIND11_MODULE(SPECPREFILL_MODULE, m) {
   m.def("version", [] { return SPECPREFILL_VERSION; });
   m.def("instruction_set", &specprefill_instruction_set);
   m.def("exp2", &exp2_array);
+  m.def("prefer_huge_pages",
+        [](uintptr_t data, size_t bytes) { specprefill::prefer_huge_pages(pointer<void>(data), bytes); });
   bind_struct<specprefill_layer>(m, "Layer", &make_layer);
   bind_struct<specprefill_score>(m, "Score", &make_score);
   bind_struct<specprefill_finalize>(m, "Finalize", &make_finalize);

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specprefill_kernels import _backends, _checks
+from specprefill_kernels import _backends, _checks, _native
 from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, token_axis
 from specprefill_kernels.ops.select.budget import Budget
 from specprefill_kernels.ops.sparse_attention.blocks import BlockBudget, row_blocks
@@ -169,7 +169,7 @@ def _gather_kv(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    outs = [_new_cache(cache, indices, layout) for cache in (key_cache, value_cache)]
+    outs = [_native.prefer_huge_pages(_new_cache(cache, indices, layout)) for cache in (key_cache, value_cache)]
     out_block_table = None
     if block_table is not None:
         batch = indices.shape[0]

@@ -59,3 +59,10 @@ def address(x: Tensor | None) -> int:
 
 def threads() -> int:
     return torch.get_num_threads()
+
+
+def prefer_huge_pages(fresh: Tensor) -> Tensor:
+    """A tensor in CPU memory that was just allocated and not touched yet: large ones are then mapped in huge pages."""
+    if _C is not None and fresh.device.type == "cpu" and fresh.nbytes >= 1 << 25:
+        _C.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh

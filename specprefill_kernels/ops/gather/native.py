@@ -21,7 +21,9 @@ def new_packed(x: Tensor, indices: Tensor, packed: bool, token_dim: int) -> tupl
     batch, width = indices.shape
     axis = token_dim - 1  # of the packed tokens in the result
     return (
-        x.new_empty([*x.shape[:axis], batch * width, *x.shape[axis + (1 if packed else 2) :]]),
+        _native.prefer_huge_pages(
+            x.new_empty([*x.shape[:axis], batch * width, *x.shape[axis + (1 if packed else 2) :]])
+        ),
         x.new_empty(batch * width, dtype=torch.int64),
         x.new_empty(batch + 1, dtype=torch.int32),
     )
