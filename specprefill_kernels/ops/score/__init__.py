@@ -47,7 +47,7 @@ def score_workspace_size(
     """Bytes of `workspace` that `score_layers_` needs on a backend. For several layers take the largest of each size,
     but the smallest `num_kv_heads`.
 
-    "cpu": one fp32 row of weights per look-ahead row and query head of ONE KV head, rounded up to whole vectors (16 rows
+    "cpu": one fp32 row of weights per look-ahead row and query head of ONE KV head, rounded up to vectors (16 rows
     on AVX-512), for one sequence at a time, and a small tile per thread, at torch's present number of threads. With
     more than this the backend scores several heads between two meetings of its threads.
     "triton": 8 bytes per row and stretch of keys, of every layer of a launch and every sequence, on the current device.
