@@ -71,6 +71,13 @@ def test_pools_each_row_before_the_reduction(backend, reduce, size, edge):
     compare(backend, (60, 100, 5), (3, 1, 2), 3, 110, reduce=reduce, pool_kernel_size=size, pool_edge=edge)
 
 
+@pytest.mark.parametrize("edge", ["zero", "valid"])
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_pools_prompts_shorter_than_the_window(backend, width, edge):
+    """Of one token too, whose window holds it alone: zeros around it count all the same."""
+    compare(backend, (width, 1), (3, 2), 3, width, pool_kernel_size=13, pool_edge=edge)
+
+
 @pytest.mark.parametrize("size", [None, 13, 301])
 @pytest.mark.parametrize("length", [4090, 4095, 4096, 4097, 8199])
 def test_lengths_around_tile_boundaries(backend, length, size):

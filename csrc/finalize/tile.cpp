@@ -25,8 +25,10 @@ const FinalizeKernels& finalize_kernels() { return SPECPREFILL_PICK(finalize_ker
 Finalizer::Finalizer(const specprefill_finalize& args, int num_threads)
     : args_(args), width_(window_width(args.pool_kernel_size, args.max_len)), scratch_size_(0) {
   const int64_t tile = std::min(kFinalizeTile, args.max_len);
-  // A row as it lies in the state, widened by its neighbours; the sum of rows so far, and the next one.
-  if (width_ > 1 || args.state_stride_token != 1) scratch_size_ = (tile + width_ - 1 + kSlack) + 2 * (tile + kSlack);
+  // A row as it lies in the state, widened by its neighbours; the sum of rows so far, and the next one. Also where
+  // there is one token to pool: its sum is divided all the same.
+  if (args.pool_kernel_size > 1 || args.state_stride_token != 1)
+    scratch_size_ = (tile + width_ - 1 + kSlack) + 2 * (tile + kSlack);
   scratch_.resize(static_cast<size_t>(scratch_size_ * num_threads));
 }
 

@@ -1,9 +1,9 @@
 // Which lane of which vector holds which query row of a KV head.
 //
 // The rows that share a KV head lie in vectors, side by side, so that a key's element, broadcast, meets all of them at
-// once: no key is transposed, and a row's maximum and sum over the tokens need no step across lanes. Look-ahead rows
-// are padded to a power of two, or to whole vectors, so that vectors line up and the maximum over heads is one over
-// vectors and, last, over parts of one.
+// once: no key is transposed, and a row's maximum and sum over the tokens need no step across lanes. A vector holds the
+// rows of as many whole heads as fit, or a head takes whole vectors: so the maximum over heads is one over vectors and,
+// last, over parts of one.
 #pragma once
 
 #include <cstdint>

@@ -75,23 +75,22 @@ static void pool_13(const PoolRows& rows, float* best, int64_t stride) {
   float* part = rows.window;
   for (int64_t j = 0; j < rows.count + 12; j += 16) {
     const int64_t t = from + j, tile = t / kTile, wanted = smaller(16, rows.count + 12 - j);
-    const float* p = rows.weights + t * rows.stride;
-    int64_t step = rows.stride;
-    vf factor;
+    const float* p = part;
+    int64_t step = kLanes;
+    vf factor = splat(1.0f);
     if (t >= 0 && t + 16 <= rows.length && (t + 15) / kTile == tile) {
+      p = rows.weights + t * rows.stride, step = rows.stride;
       factor = load(rows.factors + tile * rows.stride);
     } else {
       probabilities(rows, t, 16, part);
-      p = part, step = kLanes, factor = splat(1.0f);
     }
-    float* out = best + (j - 12) * stride;
     if (j > 0 && wanted == 16) {
 #pragma GCC unroll 16
-      for (int u = 0; u < 16; ++u) raise(out + u * stride, sums.next(u, load(p + u * step) * factor));
+      for (int u = 0; u < 16; ++u) raise(best + (j + u - 12) * stride, sums.next(u, load(p + u * step) * factor));
     } else {
       for (int u = 0; u < wanted; ++u) {
         const vf sum = sums.next(u, load(p + u * step) * factor);
-        if (j + u >= 12) raise(out + u * stride, sum);
+        if (j + u >= 12) raise(best + (j + u - 12) * stride, sum);
       }
     }
   }
