@@ -20,7 +20,7 @@ if importlib.util.find_spec("pytest_benchmark") is None:
     raise pytest.UsageError("bench/ needs pytest-benchmark: pip install '.[bench]', or python3 run.py bench")
 
 from bench import measure, memory, microbench, problems, roofline
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.shapes import GRIDS
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -106,7 +106,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     """The saved file says where its figures come from, and what the machine's ceilings are."""
     del benchmarks
     output_json["environment"] = environment(config.getoption("--device"))
-    output_json["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
+    output_json["command"] = command("pytest", [str(one) for one in config.invocation_params.args])
     session = getattr(config, "_specprefill_session", None)
     output_json["ceilings"] = [] if session is None else list(session.ceilings.values())
     output_json["caches"] = config.getoption("--caches")

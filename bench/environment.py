@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ FLAGS = (
     "sve2",
 )
 PACKAGES = ("specprefill-kernels", "triton", "numpy")
+# A path from the root, a home or a drive, also behind "--option=", "scheme:" or a comma.
+ABSOLUTE = re.compile(r"(?:^|^-\w|[=:,;\s])(?:[/~\\]|[A-Za-z]:[\\/])")
 WAITING = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME")
 
 
@@ -84,6 +89,20 @@ def commit() -> str:
     except OSError:  # no git here
         return "unknown"
     return git.stdout.strip() or "unknown"
+
+
+def command(name: str, argv: Sequence[str]) -> str:
+    """A command as results quote it, without what only this machine has: absolute paths, with their options.
+
+    What stands before such a path is taken for its option, so a flag right before a bare path goes as well.
+    """
+    kept: list[str] = []
+    for argument in argv:
+        if not ABSOLUTE.search(argument):
+            kept.append(argument)
+        elif not argument.startswith("-") and kept and kept[-1].startswith("-") and "=" not in kept[-1]:
+            kept.pop()
+    return " ".join([name, *map(shlex.quote, kept)])
 
 
 def version(package: str) -> str:

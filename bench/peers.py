@@ -26,7 +26,7 @@ from torch import Tensor
 
 import specprefill_kernels as spk
 from bench import eager, measure, memory, peers_published, problems, traffic, truth
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.shapes import CHUNK, GRIDS, KEEP_RATIO, LOOK_AHEAD, Model, layers_within, size_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,8 +191,8 @@ def select_rows(tokens: int, ticks: Any, seconds: float) -> Iterator[dict[str, A
 
 def kvpress_rows(python: str, options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     """Rows that bench/peers_kvpress.py prints as JSON lines, under a Python that has kvpress."""
-    command = [python, "-m", "bench.peers_kvpress", "--shapes", options.shapes, "--threads", str(threads)]
-    command += ["--seconds", str(options.seconds), "--only", options.only, "--key-mib", str(options.key_mib)]
+    started = [python, "-m", "bench.peers_kvpress", "--shapes", options.shapes, "--threads", str(threads)]
+    started += ["--seconds", str(options.seconds), "--only", options.only, "--key-mib", str(options.key_mib)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     absent = {
         "op": "score",
@@ -204,7 +204,7 @@ def kvpress_rows(python: str, options: argparse.Namespace, threads: int) -> list
     try:
         # What it says on stderr is its progress.
         run = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=False
+            started, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=False
         )
     except OSError as error:
         return [absent | {"skipped": str(error)}]
@@ -240,8 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     grid, quick = GRIDS[options.shapes], options.shapes == "quick"
     options.seconds = 0.0 if quick else options.seconds
     share = options.key_mib * 2**20 or grid.key_bytes or memory.free_bytes("cpu") // 4
-    command = " ".join(["python -m bench.peers", *(sys.argv[1:] if argv is None else argv)])
-    report: dict[str, Any] = {"environment": environment("cpu"), "command": command}
+    report: dict[str, Any] = {
+        "environment": environment("cpu"),
+        "command": command("python -m bench.peers", sys.argv[1:] if argv is None else argv),
+    }
     rows: list[dict[str, Any]] = report.setdefault("rows", [])
     options.out.mkdir(parents=True, exist_ok=True)
     cold, warm = measure.clock("cpu", quick), measure.clock("cpu", quick, cold=False)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.environment import caches, environment
+from bench.environment import caches, command, environment
 
 DTYPES = ("float32", "bfloat16")
 
@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(ceilings(options.device, threads, options.quick))
         print(text(rows[-1]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(options.device), "ceilings": rows}
+    called = command("python -m bench.roofline", sys.argv[1:] if argv is None else argv)
+    report = {"environment": environment(options.device), "command": called, "ceilings": rows}
     (options.out / "roofline.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

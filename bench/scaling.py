@@ -40,7 +40,7 @@ from rich.table import Table
 
 import specprefill_kernels as spk
 from bench import measure, problems, scaling_fit, scaling_memory, shapes
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.problems import Problem
 
 GOAL = 1.05
@@ -70,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit status 1 where a goal is not reached")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     options = parser.parse_args(argv)
+    options.command = command("python -m bench.scaling", sys.argv[1:] if argv is None else argv)
     if options.quick:
         options.shortest, options.longest = min(options.shortest, 2**9), min(options.longest, 2**12)
     options.model = MODELS[options.model or (shapes.QUICK_MODELS if options.quick else shapes.MODELS)[0].name]
@@ -213,6 +214,7 @@ def save(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> dict[st
     found = fits(measured)
     report = {
         "environment": environment(options.device),
+        "command": options.command,
         "goal": GOAL,
         "model": options.model.name,
         "rows": measured,

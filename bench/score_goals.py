@@ -32,7 +32,7 @@ from torch import Tensor
 
 import specprefill_kernels as spk
 from bench import eager, measure, memory, problems, traffic
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.shapes import CHUNK, GRIDS, KEEP_RATIO, LOOK_AHEAD, Grid, Model, layers_within, size_name
 from specprefill_kernels import _native
 from specprefill_kernels.ops.finalize import native as finalize
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     clocks = {name: measure.clock("cpu", options.quick, cold=name == "cold") for name in ("cold", "warm")}
     report: dict[str, Any] = {
         "environment": environment("cpu"),
-        "command": " ".join(["python -m bench.score_goals", *(argv or sys.argv[1:])]),
+        "command": command("python -m bench.score_goals", sys.argv[1:] if argv is None else argv),
     }
     rows: list[dict[str, Any]] = report.setdefault("rows", [])
     options.out.mkdir(parents=True, exist_ok=True)

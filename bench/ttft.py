@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import transcripts, ttft_plans, ttft_real, ttft_rows, ttft_table
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.ttft_layers import TooLarge, free_memory
 from bench.ttft_models import Sizes, config_of, known, title
 from bench.ttft_rows import Rate, Work
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    options.command = command("python -m bench.ttft", sys.argv[1:] if argv is None else argv)
     started = time.perf_counter()
     try:
         report, jobs = prepare(options)
@@ -106,7 +107,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Job]]:
     real = options.weights == "real"
     dtype = _dtype(options.dtype, options.device)
     report: dict[str, Any] = {"environment": environment(options.device.partition(":")[0]), "rows": []}
-    report["command"] = "python -m bench.ttft " + " ".join(sys.argv[1:])
+    report["command"] = options.command
     if options.resume:
         report["rows"] = earlier(options.out / "ttft.json", report["environment"])
     if real and not options.pair:

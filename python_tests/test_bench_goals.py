@@ -87,6 +87,7 @@ def test_the_goals_command(tmp_path, capsys):
     assert len(selects) == 6
     assert "bare matmul" in capsys.readouterr().out
     assert {"environment", "command", "verdicts"} <= set(report)
+    assert report["command"] == "python -m bench.score_goals --quick --threads 1"
 
 
 def test_a_wrong_score_is_not_timed(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the bench is not part of the package
 
 from bench import eager, measure, memory, microbench, operations, peers_published, problems, roofline, shapes, truth  # noqa: E402
-from bench.environment import caches, describe, environment  # noqa: E402
+from bench.environment import caches, command, describe, environment  # noqa: E402
 
 TINY = shapes.QUICK_MODELS[0]
 CEILING = {
@@ -197,11 +197,33 @@ def test_the_environment_says_what_a_figure_needs():
     assert describe({})  # an old file's
 
 
+def test_the_ceilings_say_how_they_were_measured(tmp_path):
+    assert roofline.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "roofline.json").read_text())
+    assert report["command"] == "python -m bench.roofline --quick --threads 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--quick", "--out", "/home/someone/results", "--threads", "1"], "--quick --threads 1"),
+        (["--out=/home/someone/results", "--quick"], "--quick"),
+        (["--benchmark-storage=file:///home/someone/saved", "-q", "bench"], "-q bench"),
+        (["/home/someone/bench", "--threads", "1", "/srv/more"], "--threads 1"),
+        (["--threads=1", "/srv/more", "-c/etc/x.ini", "--out", "~/results"], "--threads=1"),
+        (["--pair", "smollm2-135m:/srv/weights", "--out", r"C:\results"], ""),
+        (["--out", "bench/results", "-k", "one or two"], "--out bench/results -k 'one or two'"),
+    ],
+)
+def test_commands_in_results_name_no_path_of_this_machine(given, kept):
+    assert command("tool", given) == f"tool {kept}".rstrip()
+
+
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = ["-m", "pytest", "bench/", "-q", "--shapes", "quick", "--threads", "1", "--op", "finalize"]
+    called = ["-m", "pytest", "bench/", "-q", "--shapes", "quick", "--threads", "1", "--op", "finalize"]
     storage = [f"--benchmark-storage=file://{folder}", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return subprocess.run(
-        [sys.executable, *command, *storage, *options],
+        [sys.executable, *called, *storage, *options],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python_tests'}"},
         capture_output=True,
@@ -219,6 +241,8 @@ def test_saved_runs_are_compared(tmp_path):
     (saved,) = tmp_path.glob("*/0001_before.json")
     report = json.loads(saved.read_text())
     assert {"environment", "ceilings", "caches", "command"} <= set(report)
+    assert str(tmp_path) not in report["command"]
+    assert "--op finalize" in report["command"]
     assert [one["extra_info"]["op"] for one in report["benchmarks"]] == ["finalize_importance"]
     for one in report["benchmarks"]:
         one["stats"]["median"] /= 1e6

@@ -149,6 +149,7 @@ def test_the_command(tmp_path, capsys):
     assert scaling.main(["--quick", "--seconds", "0.01", "--threads", "1", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "scaling.json").read_text())
     assert {"commit", "torch", "processor"} <= set(report["environment"])
+    assert report["command"] == "python -m bench.scaling --quick --seconds 0.01 --threads 1"
     assert list(report["fits"]) == OPS
     assert [(row["op"], row["tokens"]) for row in report["rows"]] == [(op, 2**i) for op in OPS for i in range(9, 13)]
     for row in report["rows"]:
