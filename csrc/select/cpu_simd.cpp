@@ -11,10 +11,10 @@ constexpr int kEight = 8;
 typedef float f8 __attribute__((vector_size(kEight * 4)));
 typedef double d8 __attribute__((vector_size(kEight * 8)));
 
-static inline d8 widened(const float* p) {
+static inline void add(d8& sum, const float* p) {
   f8 x;
   memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, d8);
+  sum += __builtin_convertvector(x, d8);
 }
 
 static void chunk_sums(const float* x, int64_t chunks, int64_t size, double* sums) {
@@ -22,10 +22,10 @@ static void chunk_sums(const float* x, int64_t chunks, int64_t size, double* sum
     d8 part[2] = {};
     int64_t i = 0;
     for (; i + 2 * kEight <= size; i += 2 * kEight) {
-      part[0] += widened(x + i);
-      part[1] += widened(x + i + kEight);
+      add(part[0], x + i);
+      add(part[1], x + i + kEight);
     }
-    if (i + kEight <= size) part[0] += widened(x + i), i += kEight;
+    if (i + kEight <= size) add(part[0], x + i), i += kEight;
     const d8 eight = part[0] + part[1];
     double sum = ((eight[0] + eight[4]) + (eight[2] + eight[6])) + ((eight[1] + eight[5]) + (eight[3] + eight[7]));
     for (; i < size; ++i) sum += (double)x[i];
