@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.environment import describe
@@ -50,8 +50,14 @@ def machine(results: Results) -> str:
         reports = {FILES[name]: found for name, found in results.files.items()}
         reports |= {found["_file"]: found for found in results.ops_files}
         report = reports[file]
-        rows.append((f"`{file}`", describe(environment), f"`{report['command']}`" if "command" in report else ""))
+        rows.append((f"`{file}`", describe(environment), "<br>".join(f"`{one}`" for one in _commands(report))))
     return markdown(("file", "measured on", "command"), rows, left=3)
+
+
+def _commands(report: dict[str, Any]) -> list[str]:
+    """The file's, and those of its rows where several runs filled it."""
+    rows = [row for row in report.get("rows", []) if isinstance(row, dict)]
+    return list(dict.fromkeys(one["command"] for one in (report, *rows) if "command" in one))
 
 
 def ceilings(results: Results) -> str:
@@ -238,11 +244,25 @@ def scaling(results: Results) -> str:
     return markdown(header, rows)
 
 
+def layers_timed(row: Mapping[str, Any]) -> str:
+    """The base's layers; the speculator's too where they are not all."""
+    found = row.get("layers_measured", {})
+    shown = {name for name, text in found.items() if name == "base" or len(set(text.split(" of "))) > 1}
+    return ", ".join(f"{name} {found[name]}" for name in ("base", "speculator") if name in shown)
+
+
+def notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What rows say about themselves, each once."""
+    return list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+
+
 def ttft(results: Results) -> str:
+    measured = [row for row in results.rows("ttft") if {"full_seconds", "speculative_seconds", "ratio"} <= set(row)]
     rows = [
         (
             f"{row.get('speculator', '?')} -> {row.get('base', '?')}",
-            f"{row.get('device', '?')}, {dtype(row.get('dtype', '?'))}, {row.get('weights', '?')} weights",
+            f"{row.get('device', '?')}, {dtype(row.get('dtype', '?'))}, {row.get('weights', '?')} weights"
+            + ("" if row.get("preset", "default") == "default" else f", preset {row['preset']}"),
             str(row.get("tokens", "?")),
             f"{row.get('keep_ratio', 0):g}",
             str(row.get("speculator_attention_ran", "")),
@@ -250,10 +270,9 @@ def ttft(results: Results) -> str:
             time(row["speculative_seconds"]),
             f"{row['ratio']:.2f}x",
             f"{row['limit']:.2f}x" if row.get("limit") else "",
-            str(row.get("layers_measured", {}).get("base", "")),
+            layers_timed(row),
         )
-        for row in results.rows("ttft")
-        if {"full_seconds", "speculative_seconds", "ratio"} <= set(row)
+        for row in measured
     ]
     header = (
         "speculator -> base",
@@ -265,6 +284,7 @@ def ttft(results: Results) -> str:
         "speculative",
         "ratio",
         "limit",
-        "base layers timed",
+        "layers timed",
     )
-    return markdown(header, rows, left=2)
+    under = [*notes(measured), *results.files.get("ttft", {}).get("warnings", [])] if rows else []
+    return "\n\n".join(filter(None, [markdown(header, rows, left=2), "\n".join(f"- {note}" for note in under)]))

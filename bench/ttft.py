@@ -34,6 +34,7 @@ from specprefill_kernels.models.progress import default_progress
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What an earlier file must share with this run for its rows to stand beside new ones.
 SAME = ("commit", "device", "gpu", "processor", "cores", "threads", "torch")
+KEY = ("speculator", "base", "keep_ratio", "speculator_attention", "preset", "rounds", "dtype", "device", "weights")
 MARGIN = 1.3  # estimates are what arithmetic alone takes
 
 
@@ -47,9 +48,10 @@ class Job:
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """All that was asked for: what differs in any of it is another measurement."""
     prompt = row["tokens"] if row["weights"] == "random" else row["prompt"]
-    names = ("speculator", "base", "keep_ratio", "speculator_attention", "dtype", "device", "weights")
-    return (*(row[name] for name in names), prompt)
+    asked = row["layers_asked"]
+    return (*(row[name] for name in KEY), asked["speculator"], asked["base"], prompt)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,9 +109,11 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], list[Job]]:
     real = options.weights == "real"
     dtype = _dtype(options.dtype, options.device)
     report: dict[str, Any] = {"environment": environment(options.device.partition(":")[0]), "rows": []}
-    report["command"] = options.command
     if options.resume:
         report["rows"] = earlier(options.out / "ttft.json", report["environment"])
+        report["warnings"] = unsure(report)
+        for warning in report["warnings"]:
+            print(f"bench.ttft: {warning}", file=sys.stderr)
     if real and not options.pair:
         raise ValueError("weights: expected --pair with --weights real, got a plan")
     if real:
@@ -159,7 +163,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any], jobs: list[Job]
             continue
         wall = time.perf_counter() - begun
         for row in new:
-            row["wall_seconds"] = wall
+            row |= {"wall_seconds": wall, "command": options.command}
         keys = {key_of(row) for row in new}
         rows[:] = [row for row in rows if key_of(row) not in keys] + new
         report |= {"failed": failed, "cut": cut}
@@ -202,6 +206,14 @@ def earlier(file: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
                 "they are measured anew"
             )
     return rows
+
+
+def unsure(report: dict[str, Any]) -> list[str]:
+    """What cannot be told of rows that were kept: one commit's name stands for any changes that are not committed."""
+    commit = report["environment"]["commit"]
+    if not report["rows"] or not (commit == "unknown" or commit.endswith("-dirty")):
+        return []
+    return [f"resume: rows of commit {commit} are kept, which may not be of the same files as those of this run"]
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
@@ -251,8 +263,7 @@ def _rate(device: str, dtype: torch.dtype, report: dict[str, Any]) -> Rate:
 
 def _random_job(prepared: ttft_rows.Prepared, expected: ttft_rows.Estimate) -> Job:
     work = prepared.work
-    common = (str(prepared.dtype).removeprefix("torch."), prepared.device, "random", work.tokens)
-    keys = [(title(work.speculator), title(work.base), keep, work.attention, *common) for keep in work.keeps]
+    keys = [key_of(prepared.asked(keep)) for keep in work.keeps]
 
     def run(report: Any) -> list[dict[str, Any]]:
         return ttft_rows.measure(prepared, expected, report)
@@ -283,11 +294,10 @@ def _real_jobs(options: argparse.Namespace, names: tuple[str, str], dtype: torch
         for one in transcripts.nearest(sessions, length, pair.count, number=options.prompts):
             reading, full = rate.seconds(sizes[names[0]], one.tokens), rate.seconds(sizes[names[1]], one.tokens)
             each = full + sum(reading + rate.seconds(sizes[names[1]], int(keep * one.tokens)) for keep in keeps)
-            common = (str(pair.base.dtype).removeprefix("torch."), options.device.partition(":")[0], "real", one.name)
-            keys = [(*map(title, names), keep, options.speculator_attention, *common) for keep in keeps]
+            how = {"rounds": options.rounds, "preset": options.preset, "attention": options.speculator_attention}
+            keys = [key_of(ttft_real.asked(pair, one, keep, **how)) for keep in keeps]
 
-            def run(report: Any, one: transcripts.Transcript = one) -> list[dict[str, Any]]:
-                how = {"rounds": options.rounds, "preset": options.preset, "attention": options.speculator_attention}
+            def run(report: Any, one: transcripts.Transcript = one, how: Any = how) -> list[dict[str, Any]]:
                 return ttft_real.measure(pair, one, keeps, report, **how)
 
             name = f"{' -> '.join(map(title, names))}, {one.tokens} tokens of {one.session.id}"

@@ -98,37 +98,44 @@ def measure(
             results.append(result)
             done += 1
             report(done, total)
-    return [_row(pair, transcript, keep, dense, results, attention) for keep, results in found.items()]
+    how: dict[str, Any] = {"rounds": rounds, "preset": preset, "attention": attention}
+    return [_row(pair, asked(pair, transcript, keep, **how), dense, results) for keep, results in found.items()]
+
+
+def asked(
+    pair: Pair, transcript: Transcript, keep: float, *, rounds: int, preset: str = "default", attention: str = "dense"
+) -> dict[str, Any]:
+    """What a row says of what was asked for, known before anything is measured; all layers always run."""
+    return {
+        "speculator": title(pair.speculator_name),
+        "base": title(pair.base_name),
+        "keep_ratio": keep,
+        "dtype": str(pair.base.dtype).removeprefix("torch."),
+        "device": pair.base.device.type,
+        "weights": "real",
+        "prompt": transcript.name,
+        "speculator_attention": attention,
+        "preset": preset,
+        "layers_asked": {"speculator": None, "base": None},
+        "rounds": rounds,
+    }
 
 
 def _row(
-    pair: Pair,
-    transcript: Transcript,
-    keep: float,
-    dense: list[GenerationResult],
-    sparse: list[GenerationResult],
-    attention: str,
+    pair: Pair, requested: dict[str, Any], dense: list[GenerationResult], sparse: list[GenerationResult]
 ) -> dict[str, Any]:
     stages = medians([{name: value for name, value in one.seconds.items() if name != "decode"} for one in sparse])
     first, whole = sparse[0], statistics.median(one.ttft for one in dense)
     layers = {"speculator": num_layers(pair.speculator), "base": num_layers(pair.base)}
     return {
-        "speculator": title(pair.speculator_name),
-        "base": title(pair.base_name),
+        **requested,
         "tokens": first.prompt_tokens,
-        "keep_ratio": keep,
         "kept_tokens": first.kept_tokens,
-        "dtype": str(pair.base.dtype).removeprefix("torch."),
-        "device": pair.base.device.type,
         **ratios(whole, stages),
         "stages": stages,
         "layers_measured": {name: f"{count} of {count}" for name, count in layers.items()},
-        "weights": "real",
-        "prompt": transcript.name,
-        "speculator_attention": attention,
         "speculator_attention_ran": first.selection.speculator_attention,
         "base_chunk": None,
-        "rounds": len(sparse),
         "runs": {"full": [one.ttft for one in dense], "speculative": [one.ttft for one in sparse]},
         "note": "; ".join(filter(None, [f"{first.mode}: {first.reason}", first.selection.attention_reason])),
     }

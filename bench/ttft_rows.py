@@ -148,7 +148,7 @@ class Prepared:
         rounds: int,
         preset: str = "default",
     ) -> None:
-        self.work, self.dtype, self.device, self.rounds = work, dtype, device, rounds
+        self.work, self.dtype, self.device, self.rounds, self.preset = work, dtype, device, rounds, preset
         self.configs = [config_for(keep, preset, work.attention) for keep in work.keeps]
         self._base, base_note = config_of(work.base, work.tokens)
         self._speculator, speculator_note = config_of(work.speculator, work.tokens)
@@ -171,6 +171,24 @@ class Prepared:
         for name, measured, whole in (*parts, ("base", self.plan.base_layers, self.base_sizes.layers)):
             if measured < whole:
                 self.notes.append(f"{name} timed by {measured} of {whole} layers, scaled")
+
+    def asked(self, keep: float) -> dict[str, Any]:
+        """What a row says of what was asked for, known before anything is measured."""
+        work = self.work
+        return {
+            "speculator": title(work.speculator),
+            "base": title(work.base),
+            "tokens": work.tokens,
+            "keep_ratio": keep,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "weights": "random",
+            "prompt": "random",
+            "speculator_attention": work.attention,
+            "preset": self.preset,
+            "layers_asked": {"speculator": work.speculator_layers, "base": work.base_layers},
+            "rounds": self.rounds,
+        }
 
     def estimate(self, rate: Rate) -> Estimate:
         keys = sparse_keys(self.configs[0])
@@ -271,29 +289,19 @@ def _row(
     runs: list[dict[str, float]],
     models: tuple[BaseLayers, SpeculatorLayers],
 ) -> dict[str, Any]:
-    work, plan = prepared.work, prepared.plan
     stages = medians(runs)
     base, speculator = models
     return {
-        "speculator": title(work.speculator),
-        "base": title(work.base),
-        "tokens": work.tokens,
-        "keep_ratio": keep,
+        **prepared.asked(keep),
         "kept_tokens": kept_tokens,
-        "dtype": str(prepared.dtype).removeprefix("torch."),
-        "device": prepared.device,
         **ratios(statistics.median(full), stages),
         "stages": stages,
         "layers_measured": {
             "speculator": f"{speculator.measured} of {speculator.whole}",
             "base": f"{base.measured} of {base.whole}",
         },
-        "weights": "random",
-        "prompt": "random",
-        "speculator_attention": work.attention,
         "speculator_attention_ran": attention[0],
-        "base_chunk": plan.chunk,
-        "rounds": prepared.rounds,
+        "base_chunk": prepared.plan.chunk,
         "runs": {"full": full, "speculative": [sum(run.values()) for run in runs]},
         "note": "; ".join([*prepared.notes, *([f"attention {': '.join(attention)}"] if attention[1] else [])]),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench import ttft_plans
 from bench.environment import describe
+from bench.report_tables import layers_timed, notes
 
 SHORT = {
     "tokenize": "tokens",
@@ -18,7 +19,7 @@ SHORT = {
     "gather": "gather",
     "base_prefill": "base",
 }
-COLUMNS = ("pair", "prompt", "keep", "full", "speculative", "stages", "ratio", "limit", "any budget", "base layers")
+COLUMNS = ("pair", "prompt", "keep", "full", "speculative", "stages", "ratio", "limit", "any budget", "layers timed")
 WIDTH = 170
 
 
@@ -33,9 +34,10 @@ def seconds(value: float) -> str:
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     asked, ran = row["speculator_attention"], row["speculator_attention_ran"]
     sparse = "" if asked == "dense" else f" ({asked})" if asked == ran else f" ({asked} asked, {ran} ran)"
+    preset = "" if row["preset"] == "default" else f", preset {row['preset']}"
     stages = ", ".join(f"{SHORT.get(name, name)} {seconds(value)}" for name, value in row["stages"].items())
     return (
-        f"{row['speculator']}{sparse} -> {row['base']}, {row['dtype']}",
+        f"{row['speculator']}{sparse} -> {row['base']}, {row['dtype']}{preset}",
         f"{row['tokens']}{'' if row['weights'] == 'random' else ' real'}",
         f"{row['keep_ratio']:g} ({row['kept_tokens']})",
         seconds(row["full_seconds"]),
@@ -44,7 +46,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['ratio']:.2f}x",
         f"{row['limit']:.2f}x",
         f"{row['limit_any_budget']:.2f}x",
-        row["layers_measured"]["base"],
+        layers_timed(row),
     )
 
 
@@ -69,11 +71,11 @@ def table(report: Mapping[str, Any]) -> str:
     if any(row["weights"] == "random" for row in rows):
         text += [
             "Random weights in the published shapes: what is selected means nothing, what it costs is real.",
-            "Base layers: those timed, scaled to all.",
+            "Layers: those timed, scaled to all.",
         ]
-    text += [f"note: {note}" for note in sorted({row["note"] for row in rows if ";" in row["note"]})]
+    text += [f"note: {note}" for note in notes(rows)]
     text += ttft_plans.reached(rows)
-    for name in ("failed", "cut", "left_out"):
+    for name in ("warnings", "failed", "cut", "left_out"):
         text += [f"{name.replace('_', ' ')}: {one}" for one in report.get(name, ())]
     return "\n".join(text)
 

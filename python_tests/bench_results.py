@@ -124,8 +124,13 @@ def ttft() -> dict[str, Any]:
             "stages": {},
             "ratio": ratio * (1 - keep),
             "limit": ratio,
-            "layers_measured": {"base": "2 of 80"},
+            "layers_measured": {
+                "speculator": "16 of 16" if speculator.endswith("1B") else "3 of 32",
+                "base": "2 of 80",
+            },
             "weights": "random",
+            "note": "random weights" if tokens < 10000 else "random weights; base timed by 2 of 80 layers, scaled",
+            "command": f"python -m bench.ttft --tokens {tokens}",
         }
         for speculator, base, ratio in (("Llama-3.2-1B", "Llama-3.1-8B", 5.0), ("Llama-3.1-8B", "Llama-3.1-70B", 8.0))
         for tokens in (4096, 32768, 131072)

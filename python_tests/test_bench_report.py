@@ -49,7 +49,12 @@ def test_figures_are_those_of_the_files(folder):
     assert "(from 1 of 32 layers)" in report_tables.peers(results)
     assert "kvpress SnapKV was not measured: not installed." in report_tables.peers_compute(results)
     assert "| score_layer | 1.010 [0.990, 1.030] |" in report_tables.scaling(results)
-    assert "2 of 80" in report_tables.ttft(results)
+    table = report_tables.ttft(results)
+    assert table.count("| base 2 of 80 |") == table.count("| base 2 of 80, speculator 3 of 32 |") == 12
+    assert table.splitlines()[-2:] == ["- random weights", "- random weights; base timed by 2 of 80 layers, scaled"]
+    assert " | `python -m bench.ttft --tokens 4096`<br>`python -m bench.ttft --tokens 32768`<br>" in (
+        report_tables.machine(results)
+    )
     assert "| cpu | 2 | 10.0 | 12.0 | 100 | 0 |" in report_tables.ceilings(results)
     assert "Some Processor, 2 cores (avx512f); torch 2.13.0" in report_tables.machine(results)
     assert "`pytest bench`" in report_tables.machine(results)

@@ -134,6 +134,44 @@ def test_resume_measures_only_what_is_not_there(capsys, tmp_path):
     after = rows_of(tmp_path)
     assert after[: len(before)] == before
     assert [row["tokens"] for row in after] == [300, 400]
+    commands = [row["command"] for row in after]
+    assert [re.search("--tokens [0-9,]+", one).group() for one in commands] == ["--tokens 300", "--tokens 300,400"]
+    assert not any(str(tmp_path) in one for one in commands)
+    assert "command" not in json.loads((tmp_path / "ttft.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "other", [("--preset", "paper"), ("--layers", "2"), ("--speculator-layers", "2"), ("--rounds", "2")]
+)
+def test_another_measurement_is_another_row(capsys, tmp_path, other):
+    pair = (
+        "--pair",
+        "tiny:tiny-base",
+        "--rounds",
+        "1",
+        "--layers",
+        "1",
+        "--tokens",
+        "300",
+        "--keep",
+        "0.2",
+        "--resume",
+    )
+    run(capsys, tmp_path, *pair)
+    status, out, _ = run(capsys, tmp_path, *pair, *other)
+    assert (status, "is there already" in out) == (0, False)
+    first, second = rows_of(tmp_path)
+    assert ttft.key_of(first) != ttft.key_of(second)
+    assert first["layers_asked"] == {"speculator": None, "base": 1}
+
+
+def test_rows_of_uncommitted_files_are_kept_and_that_is_said(capsys, tmp_path, monkeypatch):
+    for commit, said in (("abc1234", False), ("abc1234-dirty", True), ("unknown", True)):
+        monkeypatch.setenv("SPECPREFILL_COMMIT", commit)
+        run(capsys, tmp_path / commit, "--quick", "--rounds", "1")
+        status, out, err = run(capsys, tmp_path / commit, "--quick", "--rounds", "1", "--resume")
+        assert (status, "is there already" in out) == (0, True)
+        assert ("may not be of the same files" in err) == ("may not be of the same files" in out) == said
 
 
 def test_rows_of_another_machine_or_commit_are_not_resumed(capsys, tmp_path):
