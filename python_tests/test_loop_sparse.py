@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from loop_models import build, prompt
+from transformers import AttentionInterface
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop import SpecPrefill
-from specprefill_kernels.loop.chunks import chunk_lengths
+from specprefill_kernels.loop.attention import attention_configs
+from specprefill_kernels.loop.chunks import chunk_lengths, lower_right_attention
 from specprefill_kernels.loop.memory import SpeculatorMemory
 from specprefill_kernels.loop.speculator import Speculator
 
@@ -57,7 +59,7 @@ def test_a_budget_of_every_block_runs_dense_and_says_so(llama):
 def masked_importance(model, ids: torch.Tensor) -> torch.Tensor:
     """Importance by the model under masks [Hq, T, T] made here: the definition of what sparse attention sees."""
     from specprefill_kernels import select_attention_blocks
-    from specprefill_kernels.loop.attention import attention_configs, attention_handler
+    from specprefill_kernels.loop.attention import attention_handler
     from specprefill_kernels.loop.capture import LayerCapture
     from specprefill_kernels.loop.scoring import Captured, score_captured
 
@@ -106,6 +108,94 @@ def test_a_conversation_goes_on_from_its_memory(llama):
     score(llama, length=320, memory=memory)  # ends at the end of a block
     told = Speculator(llama, SpecPrefillConfig(**SPARSE)).score(prompt(LENGTH), memory=memory)
     assert told.attention[0] == "sparse"
+
+
+@pytest.mark.parametrize("chunk", [None, 128])
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+def test_a_continued_conversation_scores_as_a_fresh_one(llama, queries, chunk):
+    """Earlier turns ran their scored rows, and the rest of their block, dense: those keys must not come back."""
+    changes = {"attention_keep_blocks": 4, "look_ahead": 3, "queries": queries, "prefill_chunk": chunk}
+    for turns in [(64, 300), (150, 320), (160, 300), (161, 300), (161, 320), (64, 150, 160, 161, 300, 320, 200, 60)]:
+        memory = SpeculatorMemory()
+        for turn, length in enumerate(turns):
+            ours, fresh = (score(llama, length=length, memory=used, **changes) for used in (memory, None))
+            torch.testing.assert_close(ours.importance, fresh.importance, rtol=1e-5, atol=1e-6)
+            assert ours.look_ahead_tokens == fresh.look_ahead_tokens
+            assert fresh.attention[0] == ("sparse" if length > 64 else "dense")
+            assert turn == 0 or ours.reused_tokens > min(length, turns[turn - 1]) - 48
+
+
+def test_an_edit_within_a_block_takes_the_whole_block_back(llama):
+    memory, speculator = SpeculatorMemory(), Speculator(llama, SpecPrefillConfig(**SPARSE))
+    text = prompt(LENGTH)
+    speculator.score(text[:, :300], memory=memory)
+    edited = text.clone()
+    edited[0, 201] = (edited[0, 201] + 1) % 300
+    ours = speculator.score(edited, memory=memory)
+    assert ours.reused_tokens == 192
+    torch.testing.assert_close(ours.importance, speculator.score(edited).importance, rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_that_a_later_turn_outgrows_is_dense_from_the_first():
+    model, memory = build("qwen2_sliding", sliding_window=200), SpeculatorMemory()
+    for length in (190, 320):
+        ours = score(model, length=length, memory=memory)
+        torch.testing.assert_close(ours.importance, score(model, length=length).importance, rtol=1e-5, atol=1e-6)
+    assert "layers 0, 2 dense: a sliding window of 200 tokens" in ours.attention[1]
+
+
+def test_a_window_of_the_whole_context_cuts_nothing():
+    kind, why = score(build("qwen2_sliding", sliding_window=2048)).attention
+    assert (kind, why) == ("sparse", "5 blocks of 16 tokens in 4 layers")
+
+
+@pytest.fixture
+def registered():
+    """A llama with attention of another name, as flash attention and flex attention are; removed afterwards."""
+    names = []
+
+    def register(name, function):
+        AttentionInterface.register(name, function)
+        names.append(name)
+        model = build("llama")
+        for config in attention_configs(model):
+            config._attn_implementation_internal = name  # the setter would look for a package of this name
+        return model
+
+    yield register
+    for name in names:
+        AttentionInterface._global_mapping.pop(name)
+
+
+@pytest.mark.parametrize("chunk", [None, 128])
+@pytest.mark.parametrize("queries", ["look_ahead", "observation_window"])
+def test_flash_attention_gets_no_mask_and_reads_the_scored_rows(registered, llama, queries, chunk):
+    shapes = set()
+
+    def flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
+        assert attention_mask is None
+        assert position_ids is None or position_ids.shape[1] == query.shape[2]
+        shapes.add((query.shape[2], key.shape[2]))
+        return lower_right_attention(query, key, value, scaling), None
+
+    changes = {"queries": queries, "prefill_chunk": chunk}
+    model = registered("stand_in_flash", flash)
+    ours, expected = score(model, **changes), score(llama, **changes)
+    assert ours.attention == expected.attention
+    assert ours.attention[0] == "sparse"
+    torch.testing.assert_close(ours.importance, expected.importance, rtol=1e-4, atol=1e-7)
+    assert (LENGTH % 16 if queries == "look_ahead" else LENGTH - (LENGTH - 4) // 16 * 16, LENGTH) in shapes
+
+
+def test_other_implementations_stay_dense_and_are_named(registered, llama):
+    def flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert query.shape[2] in (1, key.shape[2])  # never a stretch of rows, which it would misplace
+        return lower_right_attention(query, key, value, scaling), None
+
+    ours = score(registered("stand_in_flex", flex), prefill_chunk=None)
+    assert ours.attention == ("dense", "layers 0, 1, 2, 3 dense: its attention implementation stand_in_flex")
+    dense = score(llama, speculator_attention="dense", prefill_chunk=None)
+    torch.testing.assert_close(ours.importance, dense.importance, rtol=1e-4, atol=1e-7)
 
 
 def test_a_memory_of_dense_attention_is_not_continued_by_sparse_attention(llama):

@@ -24,7 +24,7 @@ class SpeculatorMemory:
         self._needs: tuple[Any, ...] | None = None
 
     def __len__(self) -> int:
-        """Tokens of the prompt that it stands for."""
+        """Tokens that it holds of the prompt."""
         return self._ids.shape[0]
 
     @property
@@ -45,10 +45,12 @@ class SpeculatorMemory:
         rows: int,
         room: int,
         new_cache: Callable[[], Cache],
+        unaffected: Callable[[int], int] | None = None,
     ) -> Iterator[tuple[Cache, int]]:
         """The cache, cut back to what it shares with a new prompt; inside, the rest is computed behind that.
 
-        Afterwards the memory stands for the new prompt, without the tokens that were decoded behind it.
+        Afterwards the memory stands for the new prompt, without the tokens that were decoded behind it; where
+        `unaffected` is given, also without those that a longer prompt would read otherwise.
 
         Args:
             input_ids: [1, T].
@@ -56,6 +58,8 @@ class SpeculatorMemory:
             rows: last prompt tokens that have to run in any case, for their queries.
             room: tokens that will be decoded.
             new_cache: makes an empty one.
+            unaffected: how many of a prompt's first n tokens, without the last `rows`, are read alike in every prompt
+                that begins with them, whatever follows. None: all, the last `rows` too.
 
         Yields:
             The cache, and how many of the prompt's first tokens it holds.
@@ -64,6 +68,8 @@ class SpeculatorMemory:
         if self._cache is None or self._needs is None or self._needs[0] is not needs[0] or self._needs[1:] != needs[1:]:
             self.clear()
         reused = max(0, min(_common_prefix(self._ids, ids), ids.shape[0] - rows))
+        if unaffected is not None:
+            reused = unaffected(reused)
         if reused == 0:
             self.clear()
         cache = new_cache() if self._cache is None else self._cache
@@ -79,9 +85,10 @@ class SpeculatorMemory:
             for layer in layers_of(cache):
                 layer.truncate(reused)
             raise
+        held = ids.shape[0] if unaffected is None else unaffected(max(0, ids.shape[0] - rows))
         for layer in layers_of(cache):
-            layer.truncate(ids.shape[0])
-        self._ids = ids
+            layer.truncate(held)
+        self._ids = ids[:held]
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

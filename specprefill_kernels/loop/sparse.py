@@ -1,10 +1,12 @@
 """Block-sparse attention for a speculator's prefill, layer by layer, with a reason wherever it does not run.
 
 The rows whose queries are scored, and the rest of their block, stay dense: they are few, and what they read decides the
-selection. So does whatever a layer asks for that the op has not (soft caps, sliding windows, sinks).
+selection. So does whatever a layer asks for that the op has not (soft caps, sliding windows, sinks). Which layers
+stay dense does not depend on the prompt's length: a conversation goes on from the keys that a fresh read would have.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from specprefill_kernels._checks import FLOATS
 from specprefill_kernels.config import SpecPrefillConfig
-from specprefill_kernels.loop.attention import Attention
-from specprefill_kernels.loop.chunks import PLAIN, chunk_attention
+from specprefill_kernels.loop.attention import Attention, implementation_under
+from specprefill_kernels.loop.chunks import IMPLEMENTATIONS, PLAIN, chunk_attention
 from specprefill_kernels.ops.sparse_attention import sparse_prefill_attention
 from specprefill_kernels.ops.sparse_attention.blocks import MAX_HEAD_DIM
 
@@ -28,6 +30,7 @@ class SparsePrefill:
     Args:
         config: with `speculator_attention="sparse"`.
         seq_len: tokens of the prompt.
+        context: the most tokens of any prompt, if known: a sliding window of so many never cuts anything off.
 
     Attributes:
         problem: why the whole prompt runs dense, or None.
@@ -35,10 +38,10 @@ class SparsePrefill:
         dense: index -> reason of those that could not.
     """
 
-    def __init__(self, config: SpecPrefillConfig, seq_len: int) -> None:
+    def __init__(self, config: SpecPrefillConfig, seq_len: int, context: int | None = None) -> None:
         self._config = config
-        self._seq_len = seq_len
-        self._reach = config.attention_keep_blocks * config.attention_block_size
+        self._context = context
+        self._reach = _reach(config)
         self.sparse: set[int] = set()
         self.dense: dict[int, str] = {}
         self.problem: str | None = None
@@ -88,14 +91,16 @@ class SparsePrefill:
         ).transpose(1, 2)
         if rows == query.shape[2]:
             return output
-        last = chunk_attention(ordinary, module, query[:, :, rows:], key, value, **kwargs)[0]
-        return torch.cat([output, last], dim=1)
+        return torch.cat([output, _dense(ordinary, module, query[:, :, rows:], key, value, **kwargs)], dim=1)
 
     def _reason(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
     ) -> str | None:
+        implementation = implementation_under(module)
+        if implementation not in IMPLEMENTATIONS and not _aligned_at_the_end(implementation):
+            return f"its attention implementation {implementation}"
         window = kwargs.get("sliding_window")
-        if window is not None and window < self._seq_len:
+        if window is not None and (self._context is None or window < self._context):
             return f"a sliding window of {window} tokens"
         for name in sorted(kwargs.keys() - PLAIN):
             if kwargs[name] is not None and kwargs[name] is not False:
@@ -143,6 +148,38 @@ def settings(config: SpecPrefillConfig) -> tuple[int, ...] | None:
         config.attention_sink_blocks,
         config.attention_local_blocks,
     )
+
+
+def unaffected(config: SpecPrefillConfig) -> Callable[[int], int] | None:
+    """Of the first `count` tokens of a prompt whose scored rows lie behind them, how many a longer prompt reads alike.
+
+    Beyond the blocks that read everything in any case, whole blocks only: the rest of the last one ran dense. None for
+    dense attention, where all are.
+    """
+    if config.speculator_attention == "dense":
+        return None
+    reach, size = _reach(config), config.attention_block_size
+    return lambda count: count if count <= reach else count // size * size
+
+
+def _reach(config: SpecPrefillConfig) -> int:
+    """Tokens up to which every block reads all before it."""
+    return config.attention_keep_blocks * config.attention_block_size
+
+
+def _dense(
+    ordinary: Attention, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """[B, n, Hq, D]: the last rows over all keys, by the model's own attention."""
+    if implementation_under(module) in IMPLEMENTATIONS:
+        return chunk_attention(ordinary, module, query, key, value, **kwargs)[0]
+    kwargs.pop("position_ids", None)  # those of all rows; flash attention looks in them for packed sequences
+    return ordinary(module, query, key, value, None, **kwargs)[0]
+
+
+def _aligned_at_the_end(implementation: str) -> bool:
+    """Whether a short query without a mask is taken for the last of the keys' positions."""
+    return "flash" in implementation and "paged" not in implementation
 
 
 def _layers(indices: list[int]) -> str:

@@ -39,7 +39,7 @@ from specprefill_kernels.loop.scoring import (
     prompt_rows,
     score_captured,
 )
-from specprefill_kernels.loop.sparse import SparsePrefill, settings
+from specprefill_kernels.loop.sparse import SparsePrefill, settings, unaffected
 from specprefill_kernels.loop.support import context_length, head_options, num_layers
 
 __all__ = ["Captured", "NothingToScore", "Speculation", "Speculator"]
@@ -80,8 +80,8 @@ class Speculator:
         Args:
             input_ids: [1, T] on the model's device.
             clock: takes the seconds of "speculator_prefill", "look_ahead" and "score".
-            memory: of an earlier prompt: the tokens that both begin with are not computed again. Stands for this prompt
-                afterwards.
+            memory: of an earlier prompt: the tokens that both begin with are not computed again (with sparse attention,
+                whole blocks that it read sparse). Stands for this prompt afterwards.
             per_layer: also give the importance by each layer alone.
 
         Raises:
@@ -108,13 +108,16 @@ class Speculator:
         clock = clock or StageClock(input_ids.device)
         capture = Capture(self._configs, self._layers)
         rows, ahead = prompt_rows(self.config), look_ahead_rows(self.config)
-        sparse = SparsePrefill(self.config, length) if self.config.speculator_attention == "sparse" else None
+        sparse = None
+        if self.config.speculator_attention == "sparse":
+            sparse = SparsePrefill(self.config, length, self._context)
         if memory is None:
             tokens = self._read(input_ids, 0, None, capture, sparse, clock)
             reused = 0
         else:
             needs = (self.model, self._depth, ahead > 1, settings(self.config))
-            with memory.extended(input_ids, needs, rows, ahead - 1, self._new_cache) as (cache, reused):
+            alike = unaffected(self.config)
+            with memory.extended(input_ids, needs, rows, ahead - 1, self._new_cache, alike) as (cache, reused):
                 tokens = self._read(input_ids, reused, cache, capture, sparse, clock)
         attention = ("dense", "") if sparse is None else sparse.outcome()
         return Captured(capture.layers, length, self._num_layers, rows, ahead, tuple(tokens), reused, attention)
