@@ -1,7 +1,11 @@
 """Block-sparse prefill attention: each block of queries attends to its own block and to a fixed number of earlier ones.
 
-A speculator's dense attention grows with the square of the prompt and dominates its prefill at 128K tokens; this grows
-in proportion to it. docs/sparse-attention.md has the argument for the choice of blocks, and measurements.
+A speculator's dense attention grows with the square of the prompt and dominates its prefill at 128K tokens. Here the
+attention grows in proportion to it; the choice of blocks still grows with the square, of (T / block_size) alone.
+docs/sparse-attention.md has the argument for the choice of blocks, and measurements.
+
+The Triton kernels read queries, keys and values in place, whatever their strides. The other forms are plain PyTorch and
+copy: 16-bit queries and keys to fp32 for the blocks' means, and for each query block the blocks that it attends to.
 """
 
 import torch
@@ -38,7 +42,7 @@ def select_attention_blocks(
 
     Args:
         query: [B, Hq, n, D] fp32, fp16 or bf16, after RoPE: the LAST n positions of the keys' T, as in chunked prefill.
-        key: [B, Hkv, T, D], after RoPE, of the query's dtype; any strides, never copied.
+        key: [B, Hkv, T, D], after RoPE, of the query's dtype; any strides. Triton copies nothing.
         block_size: tokens of a block, a power of two from 16 to 256. Blocks begin at multiples of it, counted from the
             first key: a prompt that is read in chunks chooses as one read at once, if chunks begin there too. (A query
             block that a chunk cuts in two is two, each with its own mean.)
@@ -87,7 +91,7 @@ def block_sparse_attention(
 
     Args:
         query: [B, Hq, n, D] fp32, fp16 or bf16, the last n positions of the keys' T.
-        key: [B, Hkv, T, D], of the query's dtype; any strides, never copied.
+        key: [B, Hkv, T, D], of the query's dtype; any strides. Triton reads it in place, the others gather its blocks.
         value: as `key`.
         blocks: `indices` [B, Hq, R, W] and `counts` [B, Hq, R], int32, for the R query blocks that the query's
             positions touch; see `select_attention_blocks`. Listed blocks are earlier than the query block, ascending.
@@ -148,8 +152,9 @@ def sparse_prefill_attention(
 ) -> Tensor:
     """`select_attention_blocks`, then `block_sparse_attention` over what it chose.
 
-    Time grows with n * keep_blocks * block_size instead of n * T, memory with T. Where T is at most keep_blocks *
-    block_size, this is dense causal attention. Arguments, result and errors as in the two.
+    Time grows with n * keep_blocks * block_size instead of n * T, and with the (n / block_size) * (T / block_size)
+    scores of blocks, which are computed and ranked; memory with T. Where T is at most keep_blocks * block_size, this is
+    dense causal attention. Arguments, result and errors as in the two.
 
     Example:
         >>> output = spk.sparse_prefill_attention(query, key, value, keep_blocks=32)  # the query's rows are the last

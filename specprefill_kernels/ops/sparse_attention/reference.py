@@ -1,6 +1,7 @@
 """The definition of block-sparse attention, in plain PyTorch: what every other backend is held against.
 
-Memory O(T), time O(T * keep_blocks * block_size): query blocks one by one, each over the blocks that it attends to.
+Memory O(T): query blocks one by one, each over the blocks that it attends to. Time O(T * keep_blocks * block_size), and
+O((T / block_size)^2) scores of blocks, sorted.
 """
 
 import torch
