@@ -46,3 +46,14 @@ def select_tokens(state: Tensor, ids: Tensor, count: int, chunk: int) -> tuple[T
     positions = (best[:, None] * chunk + torch.arange(chunk, device=ids.device)).flatten()
     positions = positions[positions < len(ids)]
     return ids[positions], positions
+
+
+def selection_check(state: Tensor, ids: Tensor, count: int, chunk: int) -> tuple[list[Tensor], list[Tensor]]:
+    """`select_tokens`' ids, chunks and their scores, and what they must be. Two chunks whose fp64 scores are
+    nearly equal may stand for each other: it adds in fp32."""
+    packed, positions = select_tokens(state, ids, count, chunk)
+    chunks = torch.unique(positions // chunk)
+    every = (chunks[:, None] * chunk + torch.arange(chunk, device=ids.device)).flatten()
+    scores = chunk_scores(state.double().mean(0), chunk)
+    results = [packed, positions, scores[chunks].sort(descending=True).values]
+    return results, [ids[positions], every[every < len(ids)], scores.topk(count).values]

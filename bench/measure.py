@@ -41,7 +41,7 @@ class Cpu:
     graphs = False
 
     def __init__(self, quick: bool, cold: bool = True) -> None:
-        size = 2**18 if quick else min(max(2**25, last_cache() * 5 // 4), 2**29)
+        size = 2**18 if quick else max(2**25, last_cache() * 5 // 4)
         self._flush = torch.ones(size // 4) if cold else None
 
     def flush(self) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import specprefill_kernels as spk
 from bench import measure, memory, roofline
-from bench.problems import Problem, verify
+from bench.problems import Problem, verify, verify_plain
 from bench.shapes import Model, size_name
 
 LEAST, MOST = 5, 50  # rounds
@@ -72,6 +72,7 @@ class Session:
         self._clocks = {cold: measure.clock(device, quick, cold) for cold in (True, False)}
         self.ceilings: dict[int, dict[str, Any]] = {row["threads"]: dict(row) for row in known}
         self.rows: list[Mapping[str, Any]] = []
+        self._plain: Callable[[], Problem] | None = None
         self._made: tuple[Callable[[], Problem], Problem, list[torch.Tensor]] | None = None
 
     def ceiling(self, threads: int) -> dict[str, Any]:
@@ -105,6 +106,9 @@ class Session:
         call = partial(problem.call, case.backend)
         timed = measure.graph_of(call) if case.graph else call
         eager = self._eager(problem, case)
+        if eager is not None and self._plain is not case.make:  # once for all backends and numbers of threads
+            verify_plain(problem, expected)
+            self._plain = case.make
         cold = self.cold(case.op)
         ticks = self._clocks[cold]
         others: list[float] = []

@@ -1,9 +1,10 @@
 """kvpress's SnapKV scoring beside ours, in turn, in an environment that has kvpress: one JSON line for each row.
 
 Its own `score` method is called for each layer, on an attention module of the model's shape with random weights, with a
-window as long as our look-ahead and our pooling width; ours scores the same keys with the window's queries as they come
-out of that module, as `queries="observation_window"`. Called by bench/peers.py; needs nothing that kvpress does not
-bring, and this repository on PYTHONPATH with its compiled kernels.
+window as long as our look-ahead and our pooling width; ours scores the same keys with random queries of the same shape,
+as `queries="observation_window"`: it is given its queries, kvpress projects them itself. So the scores are not to be
+equal, and before they are timed only their shapes are checked and that all is finite. Called by bench/peers.py; needs
+nothing that kvpress does not bring, and this repository on PYTHONPATH with its compiled kernels.
 """
 
 from __future__ import annotations

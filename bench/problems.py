@@ -33,6 +33,7 @@ class Problem:
         layers: how many are scored, and of_layers how many the model has.
         eager: the plain form to compare with; without one, the backend "reference".
         eager_times: what to multiply its time by, where it ran on fewer layers.
+        eager_check: a result of the plain form, and what it must be.
         tensors: of scores, each layer's query and key.
     """
 
@@ -50,6 +51,7 @@ class Problem:
     of_layers: int = 1
     eager: Callable[[], object] | None = None
     eager_times: float = 1.0
+    eager_check: Callable[[], tuple[list[Tensor], list[Tensor]]] | None = None
     tensors: tuple[list[Tensor], list[Tensor]] | None = None
 
 
@@ -59,8 +61,20 @@ class WrongResult(AssertionError):
 
 def verify(problem: Problem, backend: str, expected: list[Tensor]) -> None:
     """Refuse a backend whose result is wrong, before it is timed."""
-    where = f"{problem.op} {problem.shape} on {backend}"
-    for i, (got, wanted) in enumerate(zip(problem.result(backend), expected, strict=True)):
+    compare(f"{problem.op} {problem.shape} on {backend}", problem.result(backend), expected, problem.rtol)
+
+
+def verify_plain(problem: Problem, expected: list[Tensor]) -> None:
+    """The same of the plain form, on as many layers as it is timed on."""
+    if problem.eager is None:
+        verify(problem, "reference", expected)
+    elif problem.eager_check is not None:
+        compare(f"{problem.op} {problem.shape}, eager", *problem.eager_check(), problem.rtol)
+
+
+def compare(where: str, results: list[Tensor], expected: list[Tensor], rtol: float) -> None:
+    """Raises WrongResult: integers must be equal, others within rtol."""
+    for i, (got, wanted) in enumerate(zip(results, expected, strict=True)):
         if got.shape != wanted.shape:
             raise WrongResult(f"{where}: result {i} is {tuple(got.shape)}, not {tuple(wanted.shape)}")
         if not wanted.dtype.is_floating_point:
@@ -69,7 +83,7 @@ def verify(problem: Problem, backend: str, expected: list[Tensor]) -> None:
                 raise WrongResult(f"{where}: {wrong} of {got.numel()} elements of result {i} differ")
             continue
         error = (got.double() - wanted.double()).abs()
-        limit = problem.rtol * wanted.double().abs() + 1e-9 * (problem.rtol > 0)
+        limit = rtol * wanted.double().abs() + 1e-9 * (rtol > 0)
         if not bool((error <= limit).all()):  # NaN fails too
             raise WrongResult(f"{where}: result {i} is off by {float(error.max()):.3g}")
 
@@ -167,6 +181,7 @@ def score(
         dtype=_name(dtype),
         of_layers=m.layers,
         eager=lambda: eager.score_layers([query[0]], [dense]),
+        eager_check=lambda: ([eager.score_layers([query[0]], [dense])], [truth.state(query[0], dense.to(BF16))]),
     )
 
 
@@ -198,11 +213,14 @@ def score_layers(device: str, m: Model, tokens: int, dtype: torch.dtype = BF16, 
     one = traffic.score(LOOK_AHEAD, m.query_heads, m.kv_heads, m.head_dim, tokens, key=size, query=size, lse=False)
     few = max(1, min(count, EAGER_SCORES // (LOOK_AHEAD * m.query_heads * tokens)))
 
-    def expected() -> list[Tensor]:
+    def expected(first: int = count) -> list[Tensor]:
         best = torch.zeros(LOOK_AHEAD, tokens, dtype=torch.float64, device=device)
-        for query, key in zip(queries, keys, strict=True):
+        for query, key in zip(queries[:first], keys[:first], strict=True):
             best = torch.maximum(best, truth.state(query[0], key[0]))
         return [best]
+
+    def plain() -> Tensor:
+        return eager.score_layers([query[0] for query in queries[:few]], [key[0] for key in keys[:few]])
 
     return Problem(
         "score_layers",
@@ -217,7 +235,8 @@ def score_layers(device: str, m: Model, tokens: int, dtype: torch.dtype = BF16, 
         dtype=_name(dtype),
         layers=count,
         of_layers=m.layers,
-        eager=lambda: eager.score_layers([query[0] for query in queries[:few]], [key[0] for key in keys[:few]]),
+        eager=plain,
+        eager_check=lambda: ([plain()], expected(few)),
         eager_times=count / few,
         tensors=(queries, keys),
     )
@@ -236,6 +255,7 @@ def finalize(device: str, tokens: int) -> Problem:
         tokens=tokens,
         flops=operations.finalize(LOOK_AHEAD, tokens),
         eager=lambda: state.mean(1),
+        eager_check=lambda: ([state.mean(1)], [state.double().mean(1)]),
     )
 
 
@@ -363,6 +383,7 @@ def select_tokens(device: str, tokens: int) -> Problem:
         return [importance, packed.values[:count] - (positions * 7 + 1), torch.tensor([missing])]
 
     kept = traffic.kept_tokens(tokens, KEEP_RATIO, CHUNK)
+    count = -(-kept // CHUNK)
     return Problem(
         "select_tokens",
         f"{size_name(tokens)} ids",
@@ -373,5 +394,6 @@ def select_tokens(device: str, tokens: int) -> Problem:
         rtol=2e-6,
         tokens=tokens,
         flops=operations.select_tokens(LOOK_AHEAD, tokens),
-        eager=lambda: eager.select_tokens(state[0], ids[0], -(-kept // CHUNK), CHUNK),
+        eager=lambda: eager.select_tokens(state[0], ids[0], count, CHUNK),
+        eager_check=lambda: eager.selection_check(state[0], ids[0], count, CHUNK),
     )

@@ -7,7 +7,8 @@
 Every op is measured at every power of two, first upward and then downward again, so that a machine that gets busier on
 the way does not look like growth. A call is timed as everywhere in bench: after caches were overwritten
 (bench/measure.py), in turn with a plain copy of as many bytes as the op must move (bench/traffic.py). Exponents are
-those of the 20th percentile: what other programs take from the machine only ever adds, and to short calls the most.
+those of the 20th percentile, not of medians: what other programs take from the machine only ever adds, and to short
+calls the most.
 
 Outputs and workspaces are allocated by each call, as for a caller who gives no `out=` and no `workspace=`. On a CPU the
 C library takes large blocks from the system anew each time, and touching them costs as much as the copy of gather_kv
@@ -229,7 +230,7 @@ JUDGED = (("time", "time"), ("upper half", "upper"), ("memory", "memory"))
 
 def unreached(fit: dict[str, Any]) -> list[str]:
     """Which exponents are above the goal. One of time that is unknown is not below it."""
-    over = ["time unknown"] if fit["time_exponent"] is None else []
+    over = [f"{name} unknown" for name, key in JUDGED[:2] if fit[f"{key}_exponent"] is None]
     for name, key in JUDGED:
         exponent, interval = fit[f"{key}_exponent"], fit[f"{key}_interval95"]
         if exponent is not None and exponent > GOAL:

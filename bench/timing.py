@@ -21,7 +21,7 @@ import torch
 
 import specprefill_kernels as spk
 from bench import goals, measure
-from bench.environment import environment
+from bench.environment import command, environment
 from bench.problems import Problem, WrongResult, problems, verify
 
 EAGER = "reference"
@@ -118,7 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     ticks = measure.clock(options.device, options.quick)
     copy_rate = measure.copy_rate(ticks, options.device, options.quick)
-    report: dict[str, Any] = {"environment": environment(options.device), "copy_bytes_per_second": copy_rate}
+    report: dict[str, Any] = {
+        "environment": environment(options.device),
+        "command": command("python -m bench.timing", sys.argv[1:] if argv is None else argv),
+        "copy_bytes_per_second": copy_rate,
+    }
     rows: list[dict] = report.setdefault("rows", [])
     options.out.mkdir(parents=True, exist_ok=True)
     makers = problems(options.device, options.quick, options.only)

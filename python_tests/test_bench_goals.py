@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_a_wrong_selection_is_not_timed(monkeypatch):
     monkeypatch.setattr(problems, "_kept", lambda importance: torch.arange(224))
     with pytest.raises(problems.WrongResult):
         score_goals.check_selection(state, ids, 8)
+    with pytest.raises(problems.WrongResult, match="select_chunks"):
+        score_goals.check_chunks(state.mean(1))
+    with pytest.raises(problems.WrongResult, match="the compiled call"):
+        score_goals.compiled_call(state, ids, 8)
+
+
+def test_a_compiled_call_that_writes_nothing_is_not_timed(monkeypatch):
+    compiled = score_goals._native.module()
+    idle = SimpleNamespace(**{name: getattr(compiled, name) for name in ("Finalize", "Select", "GatherTokens")})
+    idle.select_tokens = lambda *_: None
+    monkeypatch.setattr(score_goals._native, "module", lambda: idle)
+    with pytest.raises(problems.WrongResult, match="the compiled call"):
+        score_goals.compiled_call(torch.rand(1, 8, 1000), torch.arange(1000)[None], 8)
+
+
+@pytest.mark.parametrize("form", ["score_layer", "select_tokens"])
+def test_a_wrong_eager_form_is_not_timed(monkeypatch, tmp_path, form):
+    real = getattr(score_goals.eager, form)
+
+    def wrong(*args):
+        found = real(*args)
+        return found * 1.001 if form == "score_layer" else (found[0].roll(1), found[1])
+
+    monkeypatch.setattr(score_goals.eager, form, wrong)
+    monkeypatch.setattr(measure, "in_turn", lambda *_, **__: pytest.fail("it was timed"))
+    only = "tiny" if form == "score_layer" else "select"
+    with pytest.raises(problems.WrongResult, match="eager"):
+        score_goals.main(["--quick", "--threads", "1", "--only", only, "--out", str(tmp_path)])
 
 
 def test_the_peers_command(tmp_path):

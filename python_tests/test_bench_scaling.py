@@ -133,6 +133,7 @@ def a_fit(**changes):
         ),
         ({"memory_exponent": 1.5, "memory_interval95": (1.4, 1.6)}, "NOT REACHED (memory 1.500)"),
         ({"time_exponent": None, "time_interval95": None}, "NOT REACHED (time unknown)"),
+        ({"upper_exponent": None, "upper_interval95": None}, "NOT REACHED (upper half unknown)"),
     ],
 )
 def test_goals_are_said(changes, said):
