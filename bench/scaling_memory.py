@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from bench.scaling_cases import WARM_UP, makers, parse
+
 RESOLUTION = 2**19
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 STATUS, MARK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,9 +83,7 @@ def in_processes(options: Sequence[str], points: Sequence[tuple[str, int]]) -> I
 
 
 def main(argv: Sequence[str]) -> int:
-    from bench import scaling
-
-    points, options = json.loads(argv[0]), scaling.parse(argv[1:])
+    points, options = json.loads(argv[0]), parse(argv[1:])
     for op, tokens in points:
         # The parent loaded torch and started no thread, so a child may begin where it stands.
         child = os.fork()
@@ -102,12 +102,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measured(options: Any, op: str, tokens: int) -> Any:
-    from bench import scaling
-
     try:
         torch.set_num_threads(options.threads)
-        make = scaling.makers(options)[op]
-        make(scaling.WARM_UP).call(options.backend)
+        make = makers(options)[op]
+        make(WARM_UP).call(options.backend)
         problem = make(tokens)
         return of_call(lambda: problem.call(options.backend), options.device)
     except Exception as error:
