@@ -19,8 +19,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
-from specprefill_kernels.loop.results import Span
 from specprefill_kernels.ops.select import Selection, select_chunks
+
+Span = tuple[int, int]  # [start, end) of tokens or characters
 
 
 class Kept(NamedTuple):

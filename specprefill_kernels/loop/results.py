@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from specprefill_kernels.loop.budgets import Span
+
 if TYPE_CHECKING:
     from specprefill_kernels.loop.costs import Prediction
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from specprefill_kernels.loop.budgets import Span
 from specprefill_kernels.loop.prompts import Prompt, render
-from specprefill_kernels.loop.results import Span
 
 # Fields of a message, and of what goes to the template beside the messages, that hold text and not structure.
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
