@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels.config import SpecPrefillConfig
-from specprefill_kernels.loop.budgets import spans_of_mask
+from specprefill_kernels.loop.budgets import Span, spans_of_mask
 from specprefill_kernels.loop.offsets import NoSpans
 from specprefill_kernels.loop.prompts import Prompt, encoded_prompt
-from specprefill_kernels.loop.results import Span
 from specprefill_kernels.loop.template import (
     TemplateText,
     complement,
