@@ -169,7 +169,7 @@ def _gather_kv(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    outs = [_native.prefer_huge_pages(_new_cache(cache, indices, layout)) for cache in (key_cache, value_cache)]
+    outs = [_native.prefer_huge_pages(_new_cache(cache, indices, layout)).zero_() for cache in (key_cache, value_cache)]
     out_block_table = None
     if block_table is not None:
         batch = indices.shape[0]
@@ -181,14 +181,14 @@ def _gather_kv(
 
 
 def _new_cache(cache: Tensor, indices: Tensor, layout: str) -> Tensor:
-    """Zeros in `layout` with room for the selection's K tokens per sequence."""
+    """A cache in `layout` with room for the selection's K tokens per sequence."""
     batch, width = indices.shape
     shape = list(cache.shape)
     if layout.startswith("paged"):
         shape[0] = batch * (-(-width // shape[token_axis(layout)]))
     else:
         shape[token_axis(layout)] = batch * width if layout == "packed" else width
-    return torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+    return torch.empty(shape, dtype=cache.dtype, device=cache.device)
 
 
 def _gather_kv_out_(
