@@ -84,7 +84,7 @@ static void pack_panel(const KeySource& keys, const char* const (&token)[kPanel]
 
 // ---- products: kVectors vectors of rows by the keys of a panel, kSums accumulators at a time ----
 
-// `next`: keys of the panel that follows, fetched from memory meanwhile. Returns nothing; best[v] takes the maxima.
+// Products go to `out`; `best` is raised to their maxima. `next`: keys of the panel that follows, fetched meanwhile.
 template <int kVectors>
 static void multiply(const float* query, int64_t stride, const float* panel, int64_t head_dim, float* out, float* best,
                      const char* const* next, int64_t next_bytes) {
@@ -134,10 +134,11 @@ SPECPREFILL_INLINE vi load(const int32_t* p) {
   return x;
 }
 
-struct Column {  // the tile's tokens at the first of kVectors vectors of rows
+struct Column {  // of a tile: all its tokens, kVectors vectors of rows
   const ScoreTile* tile;
-  int64_t at, stride;  // floats: of that vector in a row of all, and of such a row
-  float* x;
+  int64_t at;      // first of these rows
+  int64_t stride;  // floats from token to token
+  float* x;        // the first token's
 };
 
 // Soft-capped and masked scores, back to x; their maxima. NaN passes unseen.

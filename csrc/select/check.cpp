@@ -6,6 +6,8 @@
 #include "common/guarded.h"
 #include "common/sequences.h"
 #include "common/status.h"
+#include "finalize/check.h"
+#include "gather/check.h"
 
 namespace specprefill {
 namespace {
@@ -72,9 +74,12 @@ int check_select(const specprefill_select& args) {
   return SPECPREFILL_OK;
 }
 
-// What one of the three structs says twice.
-int check_together(const specprefill_finalize& finalize, const specprefill_select& select,
-                   const specprefill_gather_tokens* gather) {
+// Each struct by itself, and what two of them say twice.
+int check_select_tokens(const specprefill_finalize& finalize, const specprefill_select& select,
+                        const specprefill_gather_tokens* gather) {
+  SPECPREFILL_TRY(check_finalize(finalize));
+  SPECPREFILL_TRY(check_select(select));
+  if (gather) SPECPREFILL_TRY(check_gather_tokens(*gather));
   SPECPREFILL_REQUIRE(select.batch == finalize.batch && select.max_len == finalize.max_len,
                       "select: expected the state's [B, T] = [%lld, %lld], got [%lld, %lld]", ll(finalize.batch),
                       ll(finalize.max_len), ll(select.batch), ll(select.max_len));

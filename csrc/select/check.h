@@ -17,9 +17,10 @@ int check_budget(const specprefill_select& args);
 // All that can be seen without reading what the pointers point to.
 int check_select(const specprefill_select& args);
 
-// The three calls of select_tokens are about one batch, and each one's result is the next one's input. gather: or NULL.
-int check_together(const specprefill_finalize& finalize, const specprefill_select& select,
-                   const specprefill_gather_tokens* gather);
+// Each of select_tokens' three calls, and that they are about one batch and each one's result is the next one's input.
+// gather: or NULL.
+int check_select_tokens(const specprefill_finalize& finalize, const specprefill_select& select,
+                        const specprefill_gather_tokens* gather);
 
 // Chunks to keep of `chunks`, at least 1; all of them for a budget by mass, whose count follows the contents.
 int64_t budget_chunks(const specprefill_select& args, int64_t chunks);

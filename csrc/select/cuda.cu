@@ -3,9 +3,7 @@
 
 #include "common/guarded.h"
 #include "common/launch.cuh"
-#include "finalize/check.h"
 #include "finalize/source.cuh"
-#include "gather/check.h"
 #include "gather/tokens_args.cuh"
 #include "select/check.h"
 #include "select/kernel.cuh"
@@ -164,10 +162,7 @@ int specprefill_select_tokens_cuda(const specprefill_finalize* finalize, const s
                                    void* stream) {
   return guarded("select_tokens", [&]() -> int {
     SPECPREFILL_REQUIRE(finalize && select, "args: expected specprefill_finalize and _select, got a null pointer");
-    SPECPREFILL_TRY(check_finalize(*finalize));
-    SPECPREFILL_TRY(check_select(*select));
-    if (gather) SPECPREFILL_TRY(check_gather_tokens(*gather));
-    SPECPREFILL_TRY(check_together(*finalize, *select, gather));
+    SPECPREFILL_TRY(check_select_tokens(*finalize, *select, gather));
     return launch_select(*select, *finalize, gather, workspace, workspace_bytes, static_cast<cudaStream_t>(stream));
   });
 }

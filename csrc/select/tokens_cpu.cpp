@@ -7,9 +7,7 @@
 #include "common/guarded.h"
 #include "common/parallel.h"
 #include "common/status.h"
-#include "finalize/check.h"
 #include "finalize/tile.h"
-#include "gather/check.h"
 #include "gather/tokens.h"
 #include "select/check.h"
 #include "select/selector.h"
@@ -42,10 +40,7 @@ int specprefill_select_tokens_cpu(const specprefill_finalize* finalize, const sp
                                   const specprefill_gather_tokens* gather, int num_threads) {
   return guarded("select_tokens", [&]() -> int {
     SPECPREFILL_REQUIRE(finalize && select, "args: expected specprefill_finalize and _select, got a null pointer");
-    SPECPREFILL_TRY(check_finalize(*finalize));
-    SPECPREFILL_TRY(check_select(*select));
-    if (gather) SPECPREFILL_TRY(check_gather_tokens(*gather));
-    SPECPREFILL_TRY(check_together(*finalize, *select, gather));
+    SPECPREFILL_TRY(check_select_tokens(*finalize, *select, gather));
     SPECPREFILL_TRY(check_places(*select, gather));
     num_threads = clamp_threads(num_threads);
     Finalizer finalizer(*finalize, num_threads);
