@@ -215,3 +215,15 @@ def test_a_key_that_a_row_must_not_see_does_not_outshine_its_own(backend, option
     row = 0 if at == 46 else 1
     problem = outshone(LONG.but(seq_lens=(45,), look_ahead=3, options=options), at, row)
     assert_close(problem.run(backend), problem.expected())
+
+
+@pytest.mark.parametrize("tokens", [20, 500])
+@pytest.mark.parametrize(("head", "row"), [(0, 0), (1, 2), (4, 0), (5, 2)])
+def test_the_row_that_is_not_finite_is_named(backend, tokens, head, row):
+    """Layer, query head and look-ahead row, wherever among the vectors' lanes it lies."""
+    if backend.name != "cpu":
+        pytest.skip("names the sequence alone")
+    query, key = torch.randn(1, 3, 6, 16), torch.randn(1, 2, tokens, 16)
+    query[0, row, head, 3] = float("nan")
+    with pytest.raises(ValueError, match=rf"layer 1, query head {head}, look-ahead row {row}\)"):
+        spk.score_layers_(spk.new_state(1, 3, tokens), [torch.ones_like(query), query], [key, key], backend="cpu")
