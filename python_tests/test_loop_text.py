@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from loop_models import build, byte_tokenizer
+from transformers import GenerationConfig
 
 from specprefill_kernels import SpecPrefillConfig
 from specprefill_kernels.loop import GenerationResult, Session, SpecPrefill
@@ -152,6 +153,20 @@ def test_stop_strings_end_the_answer():
     assert len(stopped.tokens) < len(free.tokens)
     assert free.tokens[: len(stopped.tokens)] == stopped.tokens
     assert stop in stopped.text
+
+
+def test_stop_strings_of_a_generation_config_end_it_too():
+    """The model's own and a call's; `generate` gives a function that decodes for it no tokenizer."""
+    sp = pipeline()
+    ascii_answers(sp.base)
+    stop = sp.generate(TEXT, 12).text[3:5]
+    expected = sp.generate(TEXT, 12, stop_strings=[stop]).tokens
+    given = GenerationConfig(stop_strings=[stop])
+    assert sp.generate(TEXT, 12, generation_config=given).tokens == expected
+    assert given.stop_strings == [stop]
+    sp.base.generation_config.stop_strings = [stop]
+    assert sp.generate(TEXT, 12).tokens == expected
+    assert len(sp.generate(TEXT, 12, stop_strings=["no such thing"]).tokens) == 12
 
 
 def spoken(tokenizer_of_speculator, **changes):

@@ -1,7 +1,8 @@
 """Choosing tokens as `model.generate` would: its logits processors, sampling and stopping, around any forward."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,24 +15,47 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 class DecodePlan:
     """What `generate` would apply at every step of one prompt."""
 
-    logits_processor: LogitsProcessorList
-    stopping_criteria: StoppingCriteriaList
+    logits_processor: Callable[[Tensor, Tensor], Tensor]
+    stopping_criteria: Callable[[Tensor, Any], Tensor]
     do_sample: bool
 
 
-def plan_decoding(
-    model: Any, input_ids: Tensor, *, max_new_tokens: int, do_sample: bool, tokenizer: Any = None, **options: Any
-) -> DecodePlan:
-    """Ask Transformers for the processors and stopping criteria of this prompt, without running the model.
+@dataclass(frozen=True)
+class Prepared:
+    """What a call of `generate` has ready when its decoding begins.
+
+    Attributes:
+        input_ids: [B, T], left-padded where the call's were.
+        config: the call's whole `GenerationConfig`, the model's own and the defaults merged in.
+        model_inputs: what its forwards would get beside the ids: attention_mask (None: all ones), position_ids, ...
+    """
+
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: Any
+    model_inputs: Mapping[str, Any] = field(repr=False)
+
+
+def prepare(model: Any, arguments: Mapping[str, Any], generate: Callable[..., Any] | None = None) -> Prepared | None:
+    """Ask Transformers what a call of `generate` would do, without running the model.
 
     `generate` hands everything it has prepared to a `custom_generate` function, so the model's generation config (EOS
-    ids, repetition penalty, top-k, ...) and every option that `generate` knows are honoured by its own code. Processors
-    that look at the prompt see ALL of it, dropped tokens too.
+    ids, repetition penalty, top-k, ...) and every option that `generate` knows are honoured by its own code.
+
+    Args:
+        arguments: of the call, by name.
+        generate: the function to ask; None: `model.generate`.
+
+    Returns:
+        None where a `generate` of the model's own does not get so far.
 
     Raises:
-        ValueError: an option that `generate` does not know, beams, or several sequences per prompt.
+        ValueError: as `generate` itself, for example for an option that it does not know.
     """
-    prepared: dict[str, Any] = {}
+    arguments = dict(arguments)
+    arguments["stopping_criteria"] = _with_stop_strings(model, arguments)
+    prepared: list[Prepared] = []
 
     def keep(
         _model: Any,
@@ -39,32 +63,59 @@ def plan_decoding(
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
-        **_: Any,
+        **model_inputs: Any,
     ) -> Tensor:
-        prepared.update(processor=logits_processor, criteria=stopping_criteria, config=generation_config)
+        found = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
+        prepared.append(found)
         return input_ids
 
-    stop_strings = options.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None)
-    criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
-    if stop_strings is not None:
+    (model.generate if generate is None else generate)(**arguments, custom_generate=keep)
+    return prepared[0] if prepared else None
+
+
+def _with_stop_strings(model: Any, arguments: dict[str, Any]) -> StoppingCriteriaList:
+    """The call's criteria, one for its stop strings among them; those are taken out of `arguments`.
+
+    To a `custom_generate` function Transformers gives no tokenizer, and without one it refuses stop strings.
+    """
+    criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
+    tokenizer, given = arguments.pop("tokenizer", None), arguments.get("generation_config")
+    of_the_model = getattr(model.generation_config, "stop_strings", None)
+    of_the_call = None if given is None else getattr(given, "stop_strings", None)
+    found = arguments.pop("stop_strings") if "stop_strings" in arguments else (of_the_call or of_the_model)
+    if of_the_call is not None:
+        arguments["generation_config"] = given = copy.deepcopy(given)
+        given.stop_strings = None
+    if of_the_model is not None:
+        arguments["stop_strings"] = None
+    if found is not None:
         if tokenizer is None:
             raise ValueError("stop_strings: expected a tokenizer beside them, got none")
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        criteria.append(StopStringCriteria(tokenizer, found))
+    return criteria
+
+
+def plan_decoding(
+    model: Any, input_ids: Tensor, *, max_new_tokens: int, do_sample: bool, tokenizer: Any = None, **options: Any
+) -> DecodePlan:
+    """Ask Transformers for the processors and stopping criteria of this prompt; see `prepare`.
+
+    Processors that look at the prompt see ALL of it, dropped tokens too.
+
+    Raises:
+        ValueError: an option that `generate` does not know, beams, or several sequences per prompt.
+    """
     # Without a mask, generate would take pad ids inside the prompt for padding.
     options.setdefault("attention_mask", torch.ones_like(input_ids))
-    model.generate(
-        input_ids,
-        custom_generate=keep,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        stopping_criteria=criteria,
-        **options,
-    )
-    config = prepared["config"]
+    arguments = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "tokenizer": tokenizer, **options}
+    prepared = prepare(model, {"inputs": input_ids, **arguments})
+    if prepared is None:
+        raise ValueError(f"base: expected a model with Transformers' own generate, got {type(model).__name__}")
+    config = prepared.config
     for name in ("num_beams", "num_return_sequences"):
         if (getattr(config, name, None) or 1) != 1:
             raise ValueError(f"{name}: expected 1, got {getattr(config, name)}")
-    return DecodePlan(prepared["processor"], prepared["criteria"], bool(config.do_sample))
+    return DecodePlan(prepared.logits_processor, prepared.stopping_criteria, bool(config.do_sample))
 
 
 def decode(plan: DecodePlan, input_ids: Tensor, logits: Tensor, step: Callable[[Tensor], Tensor]) -> Iterator[int]:
@@ -77,7 +128,7 @@ def decode(plan: DecodePlan, input_ids: Tensor, logits: Tensor, step: Callable[[
     """
     while True:
         with torch.no_grad():
-            scores = plan.logits_processor(input_ids, logits)  # type: ignore[arg-type]
+            scores = plan.logits_processor(input_ids, logits)
             if plan.do_sample:
                 token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specprefill_kernels.loop.clock import StageClock
 from specprefill_kernels.loop.continuing import ContinuingRun
-from specprefill_kernels.loop.decoding import PieceDecoder, decode, plan_decoding
+from specprefill_kernels.loop.decoding import DecodePlan, PieceDecoder, decode, plan_decoding
 from specprefill_kernels.loop.plain import generate_plainly
 from specprefill_kernels.loop.prefill import BaseRun
 from specprefill_kernels.loop.results import GenerationResult, PromptSelection
@@ -55,12 +55,27 @@ class Generation:
         self._selection: PromptSelection | None = None
         self._prefilled = 0
         self._continues = owner.continuing_layers is not None
+        self._begun: tuple[Prompt, Protection] | None = None
+
+    def begin(self) -> PromptSelection | None:
+        """Read the prompt and select, which `tokens` does otherwise. Once.
+
+        Returns:
+            None where the selection will be made in the middle of the base's forward.
+        """
+        prompt, protection = self._begun = self._read()
+        if self._continues:
+            self._selection = self._owner.selector.dense_selection(prompt, protection, self._clock)
+        else:
+            self._selection = self._select(prompt, protection)
+        return self._selection
 
     def tokens(self) -> Iterator[int]:
         """Run, token by token. The caller's own time between two tokens is not counted."""
         clock = self._clock
-        prompt, protection = self._owner.read(self._prompt, self._protect, self._template_options, clock)
-        tokens = self._prefill(prompt, protection)
+        if self._begun is None:
+            self.begin()
+        tokens = self._prefill()
         with clock.stage("base_prefill"):
             token = next(tokens)
         while True:
@@ -72,22 +87,21 @@ class Generation:
                 return
             token = following
 
-    def _prefill(self, prompt: Prompt, protection: Protection) -> Iterator[int]:
-        """Select and prefill, and hand out the tokens that follow."""
-        owner, clock = self._owner, self._clock
+    def _read(self) -> tuple[Prompt, Protection]:
+        return self._owner.read(self._prompt, self._protect, self._template_options, self._clock)
+
+    def _prefill(self) -> Iterator[int]:
+        """Prefill what was selected, and hand out the tokens that follow."""
+        owner, selection = self._owner, self._selection
+        assert self._begun is not None
+        prompt, protection = self._begun
         input_ids = prompt.input_ids.to(owner.base.device)
-        if self._continues:
-            dense = owner.selector.dense_selection(prompt, protection, clock)
-            if dense is None:
-                return self._prefill_continuing(prompt, protection, input_ids)
-            selection = dense
-        else:
-            selection = self._select(prompt, protection)
-        self._selection = selection
-        with clock.stage("base_prefill"):
+        if selection is None:
+            return self._prefill_continuing(prompt, protection, input_ids)
+        with self._clock.stage("base_prefill"):
             if owner.base_problem is not None:
                 return generate_plainly(owner.base, input_ids, **self._decode_options())
-            plan = plan_decoding(owner.base, input_ids, **self._decode_options())
+            plan = self._plan(input_ids)
             logits, step = self._prefill_kept(input_ids, selection)
             return decode(plan, input_ids, logits, step)
 
@@ -116,7 +130,7 @@ class Generation:
             return selection.kept_indices
 
         with clock.stage("speculator_prefill"):
-            plan = plan_decoding(owner.base, input_ids, **self._decode_options())
+            plan = self._plan(input_ids)
             logits = run.prefill(input_ids, choose)
         return decode(plan, input_ids, logits, run.step)
 
@@ -129,6 +143,9 @@ class Generation:
         run = BaseRun(self._owner.base, input_ids.shape[1], sparse=sparse, room=min(self._max_new_tokens, _ROOM))
         self._prefilled = selection.kept_tokens
         return run.prefill(input_ids[:, kept] if sparse else input_ids, kept), run.step
+
+    def _plan(self, input_ids: Tensor) -> DecodePlan:
+        return plan_decoding(self._owner.base, input_ids, **self._decode_options())
 
     def _decode_options(self) -> dict[str, Any]:
         return {
