@@ -38,7 +38,7 @@ class BackendUnavailable(RuntimeError):
 @cache
 def _import(op: str, backend: str) -> tuple[Any, str | None]:
     """The module that implements `op` on `backend`, whether or not it can run here, or (None, reason)."""
-    name = f"specprefill_kernels.ops.{ROOMS[op]}.{SUBMODULES[backend]}"
+    name = f"{__package__}.ops.{ROOMS[op]}.{SUBMODULES[backend]}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

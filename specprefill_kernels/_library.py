@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks, _native
+from specprefill_kernels._ops import add_op_namespace_prefix
 from specprefill_kernels.ops.score.options import ScoreOptions, Sequences, token_axis
 from specprefill_kernels.ops.select.budget import Budget
 from specprefill_kernels.ops.sparse_attention.blocks import BlockBudget, row_blocks
@@ -42,7 +43,7 @@ SCHEMAS = (
     "float? scale, str backend) -> Tensor",
 )
 
-_library = torch.library.Library("specprefill", "DEF")
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 
 
 _INT32 = torch.iinfo(torch.int32)
@@ -337,4 +338,4 @@ for _schema in SCHEMAS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, torch.no_grad()(_run), _key)
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"specprefill::{_name}", _fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)

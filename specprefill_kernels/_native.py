@@ -10,7 +10,7 @@ from torch import Tensor
 _C: ModuleType | None = None
 _reason: str | None = None
 try:
-    _C = importlib.import_module("specprefill_kernels._C")
+    _C = importlib.import_module("._C", __package__)
 except ImportError as error:
     _reason = (
         f"the compiled module is not there ({error}); reinstall with a C++17 compiler, "
@@ -41,7 +41,7 @@ def module() -> ModuleType:
 def build_info() -> dict[str, Any]:
     """What setup.py wrote down about this build; empty where it did not build one."""
     try:
-        return dict(importlib.import_module("specprefill_kernels._build_info").BUILD_INFO)
+        return dict(importlib.import_module("._build_info", __package__).BUILD_INFO)
     except ImportError:
         return {}
 

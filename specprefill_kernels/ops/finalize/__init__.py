@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.score.options import POOL_EDGES
 
 __all__ = ["finalize_importance"]
@@ -46,7 +47,7 @@ def finalize_importance(
     """
     _backends.check_name(backend)
     check_finalize(state, seq_lens, num_look_ahead, reduce, pool_kernel_size, pool_edge)
-    importance: Tensor = torch.ops.specprefill.finalize_importance(
+    importance: Tensor = ops.finalize_importance(
         state, seq_lens, num_look_ahead, reduce, pool_kernel_size or 1, pool_edge, backend
     )
     return importance

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.score.options import KEY_SHAPES, LAYOUTS, token_axis
 from specprefill_kernels.ops.select import Selection
 
@@ -68,7 +69,7 @@ def gather_tokens(
     _checks.supported_device("x", x)
     _check_selection(selection, x.device)
     check_gather_tokens(x, selection.indices.shape[0], x.device, token_dim, cu_seqlens)
-    values, position_ids, offsets = torch.ops.specprefill.gather_tokens(
+    values, position_ids, offsets = ops.gather_tokens(
         x, selection.indices, selection.num_kept, cu_seqlens, token_dim, backend
     )
     return Packed(values, position_ids, offsets, selection.indices.shape[1], token_dim - 1)
@@ -128,12 +129,12 @@ def gather_kv(
     if out is None:
         if out_block_table is not None:
             _checks.fail("out_block_table", "None without out", "a tensor")
-        keys, values = torch.ops.specprefill.gather_kv(
+        keys, values = ops.gather_kv(
             key_cache, value_cache, selection.indices, selection.num_kept, layout, block_table, cu_seqlens, backend
         )
         return keys, values
     _check_out(out, (key_cache, value_cache), layout, batch, width, out_block_table)
-    torch.ops.specprefill.gather_kv_out_(
+    ops.gather_kv_out_(
         out[0],
         out[1],
         key_cache,

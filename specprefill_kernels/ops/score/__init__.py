@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.score.options import (
     KEY_SHAPES,
     LAYOUTS,
@@ -251,7 +252,7 @@ def score_layers_(
         _checks.tensor("workspace", workspace, ndim=1, dtypes=(torch.uint8,), device=state.device)
         if workspace.stride(0) != 1 or workspace.shape[0] == 0:
             _checks.fail("workspace", "a contiguous tensor that is not empty", f"shape {_checks.shape(workspace)}")
-    torch.ops.specprefill.score_layers_(
+    ops.score_layers_(
         state,
         list(queries_per_layer),
         list(keys_per_layer),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.select.budget import Budget
 
 __all__ = ["Selection", "select_chunks"]
@@ -96,7 +97,7 @@ def select_chunks(
     budget = check_budget(keep_ratio, keep_tokens, keep_mass, chunk_size, rounding, sink, tail)
     check_protect(protect, importance.shape[0], importance.shape[1], importance.device)
     return Selection(
-        *torch.ops.specprefill.select_chunks(
+        *ops.select_chunks(
             importance,
             seq_lens,
             protect,

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.finalize import check_finalize
 from specprefill_kernels.ops.gather import Packed, check_gather_tokens
 from specprefill_kernels.ops.select import Selection, check_budget, check_protect
@@ -60,7 +60,7 @@ def select_tokens(
     budget = check_budget(keep_ratio, keep_tokens, keep_mass, chunk_size, rounding, sink, tail)
     check_protect(protect, state.shape[0], state.shape[2], state.device)
     check_gather_tokens(x, state.shape[0], state.device, token_dim, None)
-    importance, indices, num_kept, overflow, values, position_ids, offsets = torch.ops.specprefill.select_tokens(
+    importance, indices, num_kept, overflow, values, position_ids, offsets = ops.select_tokens(
         state,
         x,
         seq_lens,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specprefill_kernels import _backends, _checks
+from specprefill_kernels._ops import ops
 from specprefill_kernels.ops.sparse_attention.blocks import (
     MAX_BLOCK_SIZE,
     MAX_HEAD_DIM,
@@ -69,7 +70,7 @@ def select_attention_blocks(
     if keep_blocks < sink_blocks + local_blocks:
         fixed = sink_blocks + local_blocks
         _checks.fail("keep_blocks", f"at least sink_blocks + local_blocks = {fixed}", keep_blocks)
-    indices, counts = torch.ops.specprefill.select_attention_blocks(
+    indices, counts = ops.select_attention_blocks(
         query, key, block_size, keep_blocks, sink_blocks, local_blocks, backend
     )
     return AttentionBlocks(indices, counts)
@@ -132,7 +133,7 @@ def block_sparse_attention(
         _checks.fail("blocks.indices", "room for at least one block", f"shape {_checks.shape(blocks[0])}")
     if scale is not None:
         _checks.number("scale", scale, fp32=True)
-    output: Tensor = torch.ops.specprefill.block_sparse_attention(
+    output: Tensor = ops.block_sparse_attention(
         query, key, value, blocks[0], blocks[1], block_size, None if scale is None else float(scale), backend
     )
     return output
