@@ -15,8 +15,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 class DecodePlan:
     """What `generate` would apply at every step of one prompt."""
 
-    logits_processor: Callable[[Tensor, Tensor], Tensor]
-    stopping_criteria: Callable[[Tensor, Any], Tensor]
+    logits_processor: Callable[..., Tensor]
+    stopping_criteria: Callable[..., Tensor]
     do_sample: bool
 
 
@@ -83,7 +83,7 @@ def _with_stop_strings(model: Any, arguments: dict[str, Any]) -> StoppingCriteri
     of_the_model = getattr(model.generation_config, "stop_strings", None)
     of_the_call = None if given is None else getattr(given, "stop_strings", None)
     found = arguments.pop("stop_strings") if "stop_strings" in arguments else (of_the_call or of_the_model)
-    if of_the_call is not None:
+    if given is not None and of_the_call is not None:
         arguments["generation_config"] = given = copy.deepcopy(given)
         given.stop_strings = None
     if of_the_model is not None:
