@@ -1,0 +1,237 @@
+"""`model.generate` itself made speculative: what the loop gives, or exactly what it gave before, and why."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from generating import NEW, Favour, StopAt, base_model, now, ordinary, sequences_of
+from loop_models import PROMPT, VOCAB, build, config, prompt
+from transformers import GenerationConfig, set_seed
+
+from specprefill_kernels.integrations import transformers as integration
+from specprefill_kernels.integrations.transformers import disable, enable, last_result
+from specprefill_kernels.loop import SpecPrefill
+
+
+@pytest.fixture
+def base():
+    return base_model()
+
+
+@pytest.fixture(scope="module")
+def speculator():
+    return build("llama", seed=3)
+
+
+@pytest.fixture
+def enabled(base, speculator):
+    enable(base, speculator, config())
+    return base
+
+
+def test_generate_gives_what_the_loop_gives(base, speculator):
+    ids = prompt()
+    expected = SpecPrefill(base, speculator, config()).generate(ids, NEW)
+    enable(base, speculator, config())
+    sequences = base.generate(ids, max_new_tokens=NEW)
+    assert torch.equal(sequences[:, :PROMPT], ids)
+    assert tuple(sequences[0, PROMPT:].tolist()) == expected.tokens
+    assert expected.tokens != tuple(ordinary(base, ids, max_new_tokens=NEW)[0, PROMPT:].tolist())
+    result = last_result(base)
+    assert result.mode == "sparse"
+    assert result.reason == expected.reason
+    assert result.rows[0].spans == expected.spans
+    assert result.rows[0].ttft > 0
+    assert result.selections == (result.rows[0].selection,)
+
+
+def test_the_bases_own_layers_will_do(base):
+    ids = prompt()
+    expected = SpecPrefill(base, None, config(), self_layers=(0, 1)).generate(ids, NEW)
+    enable(base, config=config(), self_layers=(0, 1))
+    assert tuple(base.generate(ids, max_new_tokens=NEW)[0, PROMPT:].tolist()) == expected.tokens
+    assert last_result(base).mode == expected.mode == "sparse"
+
+
+@pytest.mark.parametrize("keywords", [{}, {"self_layers": (0, 1)}], ids=["speculator", "self"])
+def test_keeping_everything_is_the_ordinary_generate(base, speculator, keywords):
+    enable(base, None if keywords else speculator, config(keep_ratio=1.0), **keywords)
+    ids = prompt()
+    for options in ({}, {"do_sample": True, "top_k": 20}, {"num_beams": 2}, {"min_new_tokens": 4}):
+        expected = ordinary(base, ids, max_new_tokens=12, **options)
+        assert torch.equal(now(base, ids, max_new_tokens=12, **options), expected)
+        assert last_result(base).mode == "dense"
+
+
+def test_keeping_everything_after_scoring_equals_it_too(base, speculator):
+    ids = prompt()
+    for keywords in ({"speculator": speculator}, {"self_layers": (0, 1)}):
+        enable(base, config=config(keep_mass=1.0), **keywords)
+        assert torch.equal(base.generate(ids, max_new_tokens=12), ordinary(base, ids, max_new_tokens=12))
+        assert last_result(base).mode == "dense"
+        assert last_result(base).reason.startswith("the selection kept every token")
+        assert len(last_result(base).selections) == 1
+        disable(base)
+
+
+# What the loop is given for the same effect, where that is not the same option.
+OPTIONS = {
+    "max_length": ({"max_length": PROMPT + 5}, {"max_new_tokens": 5}),
+    "max_new_tokens": ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+    "default_length": ({}, {"max_new_tokens": 20}),
+    "generation_config": (
+        {"generation_config": GenerationConfig(max_new_tokens=5, repetition_penalty=1.7)},
+        {"max_new_tokens": 5, "repetition_penalty": 1.7},
+    ),
+    "min_new_tokens": ({"max_new_tokens": 9, "min_new_tokens": 7}, {"max_new_tokens": 9, "min_new_tokens": 7}),
+    "min_length": ({"max_new_tokens": 9, "min_length": PROMPT + 7}, {"max_new_tokens": 9, "min_new_tokens": 7}),
+    "sampled": ({"max_new_tokens": 9, "do_sample": True}, {"max_new_tokens": 9, "do_sample": True}),
+    "top_p": (
+        {"max_new_tokens": 9, "do_sample": True, "top_p": 0.5},
+        {"max_new_tokens": 9, "do_sample": True, "top_p": 0.5},
+    ),
+    "processor": (
+        {"max_new_tokens": 9, "logits_processor": [Favour(9)]},
+        {"max_new_tokens": 9, "logits_processor": [Favour(9)]},
+    ),
+    "criterion": ({"stopping_criteria": [StopAt(PROMPT + 3)]}, {"max_new_tokens": 3}),
+    "no_repeat": ({"max_new_tokens": 9, "no_repeat_ngram_size": 1}, {"max_new_tokens": 9, "no_repeat_ngram_size": 1}),
+    "max_time": ({"max_time": 1e-9}, {"max_new_tokens": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_do_what_they_do_in_generate(base, speculator, name):
+    given, alike = OPTIONS[name]
+    set_seed(0)
+    expected = SpecPrefill(base, speculator, config()).generate(prompt(), **alike)
+    enable(base, speculator, config())
+    assert tuple(now(base, prompt(), **given)[0, PROMPT:].tolist()) == expected.tokens
+    assert last_result(base).mode == "sparse"
+
+
+def test_eos_ends_the_answer(enabled):
+    free = enabled.generate(prompt(), max_new_tokens=12)[0]
+    stop = int(free[PROMPT + 4])
+    first = free[PROMPT:].tolist().index(stop)
+    ended = enabled.generate(prompt(), max_new_tokens=12, eos_token_id=stop)
+    assert torch.equal(ended[0], free[: PROMPT + first + 1])
+
+
+def test_arguments_may_come_by_place_and_by_name(enabled):
+    given = GenerationConfig(max_new_tokens=4)
+    expected = enabled.generate(prompt(), max_new_tokens=4)
+    for arguments in (
+        enabled.generate(prompt(), given),
+        enabled.generate(inputs=prompt(), generation_config=given),
+        enabled.generate(input_ids=prompt(), attention_mask=torch.ones_like(prompt()), max_new_tokens=4),
+    ):
+        assert torch.equal(arguments, expected)
+        assert last_result(enabled).mode == "sparse"
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_and_logits_come_with_the_sequences(enabled, do_sample):
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": do_sample}
+    criterion = StopAt(PROMPT + 4)
+    output = now(enabled, prompt(), logits_processor=[Favour(9)], stopping_criteria=[criterion], **options)
+    plain = now(enabled, prompt(), logits_processor=[Favour(9)], max_new_tokens=4, do_sample=do_sample)
+    assert torch.equal(output.sequences, plain)
+    assert type(output) is type(ordinary(enabled, prompt(40), max_new_tokens=1, **options))
+    assert (len(output.scores), len(output.logits)) == (4, 4)
+    assert [tuple(step.shape) for step in output.scores] == [(1, VOCAB)] * 4
+    assert torch.equal(output.scores[0][0, 9], output.logits[0][0, 9] + 3)
+    if not do_sample:
+        assert [int(step.argmax()) for step in output.scores] == output.sequences[0, PROMPT:].tolist()
+    assert [len(scores) for scores in criterion.scores] == [1, 2, 3, 4]
+    assert output.past_key_values is None
+    scored = enabled.compute_transition_scores(output.sequences, output.scores)
+    assert tuple(scored.shape) == (1, 4)
+
+
+def test_processors_see_the_whole_prompt(enabled):
+    watch = Favour(9)
+    enabled.generate(prompt(), max_new_tokens=3, logits_processor=[watch])
+    assert [ids.shape[1] for ids in watch.seen] == [PROMPT, PROMPT + 1, PROMPT + 2]
+    assert torch.equal(watch.seen[0], prompt())
+
+
+CANNOT = {
+    "num_beams": {"num_beams": 2},
+    "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
+    "use_cache": {"use_cache": False},
+    "cache_implementation": {"cache_implementation": "static"},
+    "position_ids": {"position_ids": torch.arange(PROMPT)[None]},
+    "output_hidden_states": {"return_dict_in_generate": True, "output_hidden_states": True},
+    "prefill_chunk_size": {"prefill_chunk_size": 64},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "guidance_scale": {"guidance_scale": 1.5},
+    "right_padding": {"attention_mask": (torch.arange(PROMPT) < PROMPT - 4).long()[None]},
+    "custom_generate": {"custom_generate": lambda model, input_ids, **_: input_ids},
+}
+SAID = {
+    "num_beams": "beam search: ",
+    "prompt_lookup": "assisted generation: ",
+    "right_padding": "attention_mask: padding that is not all on the left",
+    "use_cache": "use_cache=False: ",
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_the_loop_cannot_do_runs_dense_and_says_why(enabled, name, caplog):
+    integration._said.clear()
+    options = {"max_new_tokens": 4, **CANNOT[name]}
+    expected = sequences_of(ordinary(enabled, prompt(), **options))
+    for _ in range(2):
+        assert torch.equal(sequences_of(now(enabled, prompt(), **options)), expected)
+    result = last_result(enabled)
+    assert (result.mode, result.rows, result.selections) == ("dense", (), ())
+    assert result.reason.startswith(SAID.get(name, f"{name}: "))
+    assert caplog.text.count(f"generate runs dense: {result.reason}") == 1  # once for both
+
+
+def test_embeddings_a_cache_and_an_assistant_run_dense(enabled, speculator):
+    ids = prompt()
+    for name, options in {
+        "inputs_embeds": {"inputs_embeds": enabled.get_input_embeddings()(ids).detach()},
+        "assistant_model": {"inputs": ids, "assistant_model": speculator},
+    }.items():
+        assert torch.equal(
+            enabled.generate(**options, max_new_tokens=4), ordinary(enabled, **options, max_new_tokens=4)
+        )
+        assert last_result(enabled).reason.startswith(f"{name}: ")
+    first = ordinary(enabled, ids, max_new_tokens=2, return_dict_in_generate=True)
+    caches = copy.deepcopy(first.past_key_values), first.past_key_values
+    outputs = [
+        run(first.sequences, past_key_values=cache, max_new_tokens=4)
+        for run, cache in zip((enabled.generate, lambda *a, **k: ordinary(enabled, *a, **k)), caches)
+    ]
+    assert torch.equal(*outputs)
+    assert last_result(enabled).reason.startswith("past_key_values: ")
+
+
+def test_the_generation_config_of_the_model_counts(enabled):
+    enabled.generation_config.num_beams = 2
+    assert torch.equal(enabled.generate(prompt(), max_new_tokens=4), ordinary(enabled, prompt(), max_new_tokens=4))
+    assert last_result(enabled).reason.startswith("beam search: ")
+
+
+def test_errors_are_generates_own(enabled):
+    for options in ({"temprature": 0.5}, {"max_length": 3}, {"streamer": object(), "num_beams": 2}):
+        with pytest.raises(Exception) as expected:  # noqa: PT011
+            ordinary(enabled, prompt(), **options)
+        with pytest.raises(type(expected.value)) as found:
+            enabled.generate(prompt(), **options)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(TypeError, match="multiple values"):
+        enabled.generate(prompt(), inputs=prompt())
+
+
+def test_a_short_prompt_runs_dense(base, speculator):
+    enable(base, speculator, config(min_prompt_tokens=200))
+    assert torch.equal(base.generate(prompt(), max_new_tokens=4), ordinary(base, prompt(), max_new_tokens=4))
+    assert last_result(base).reason == "prompt too short: 150 tokens, min_prompt_tokens is 200"
+    assert last_result(base).selections[0].mode == "dense"
+    assert torch.equal(base.generate(max_new_tokens=2, bos_token_id=5)[:, :1], torch.tensor([[5]]))
