@@ -85,12 +85,20 @@ def test_spans_may_be_a_tensor():
     assert found.spans == ((0, 4), (9, 12))
 
 
+def test_a_prompt_of_ids_has_the_text_that_they_decode_to():
+    tokenizer = tokenizer_with(CHATML)
+    ids = read_prompt("zero one two one", tokenizer).input_ids
+    found = find_protection(read_prompt(ids, tokenizer), ["one"], tokenizer, config())
+    assert found.spans == find_protection(read_prompt("zero one two one", tokenizer), ["one"], tokenizer, config()).spans
+    assert [tokenizer.decode(ids[0, start:end]).strip() for start, end in found.spans] == ["one", "one"]
+
+
 def test_characters_need_what_they_speak_of():
     tokenizer = tokenizer_with(CHATML)
     with pytest.raises(ValueError, match=r"expected message=None for a prompt that is no chat"):
         find_protection(read_prompt("hello", tokenizer), [Characters(0, 1, 0)], tokenizer, config())
-    with pytest.raises(ValueError, match=r"expected \(start, end\) token spans where the prompt came as ids"):
-        find_protection(read_prompt([5, 6], tokenizer), [Characters(0, 1)], tokenizer, config())
+    with pytest.raises(ValueError, match=r"expected \(start, end\) token spans where the prompt came as ids and no"):
+        find_protection(read_prompt([5, 6], None), [Characters(0, 1)], None, config())
     template = "{% for m in messages %}<{{ m.content | replace('l', 'L') }}>{% endfor %}"
     with pytest.raises(ValueError, match=r"it changes message 0"):
         protect([{"role": "user", "content": "hello"}], template, [Characters(0, 2, 0)])

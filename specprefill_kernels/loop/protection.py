@@ -68,7 +68,7 @@ def find_protection(
 
     Args:
         user_spans: (start, end) token pairs, end exclusive; passages of the prompt's text, in all their occurrences; or
-            `Characters`.
+            `Characters`. The text of a prompt of ids is what they decode to.
 
     Raises:
         ValueError: a span is empty, leaves the prompt, or is not in its text.
@@ -211,8 +211,11 @@ def _listed(user_spans: Any) -> list[Any]:
 
 def _user_mask(chat: _Chat, span: Any, name: str, seq_len: int) -> Tensor:
     if isinstance(span, (str, Characters)):
-        if chat.prompt.text is None:
-            raise ValueError(f"{name}: expected (start, end) token spans where the prompt came as ids, got {span!r}")
+        if chat.prompt.text is None and chat.tokenizer is None:
+            raise ValueError(
+                f"{name}: expected (start, end) token spans where the prompt came as ids and no tokenizer says what "
+                f"text they are, got {span!r}"
+            )
         text, _ = chat.encoded
         ranges = _occurrences(text, span, name) if isinstance(span, str) else _characters(chat, text, span, name)
         mask = chat.tokens(ranges)
