@@ -204,7 +204,58 @@ def test_pipelines_run_on_it(spoken):
     assert len(pair) == len(last_result(model).rows) == 2
 
 
-CHAT = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": TEXT + "Who signed it?"}]
+CHAT = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": TEXT + "Who signed it?"},
+]
+
+
+def chat_ids(tokenizer, messages=CHAT):
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def test_a_chat_survives_as_it_does_in_the_loop(spoken, speculator):
+    model, tokenizer = spoken
+    expected = SpecPrefill(model, speculator, config(), tokenizer=tokenizer).select(CHAT)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = pipe(CHAT, max_new_tokens=NEW, do_sample=False)
+    assert found["generated_text"][-1] == {"role": "assistant", "content": last_result(model).rows[0].text}
+    assert last_result(model).selections[0].protected_parts == expected.protected_parts
+    assert {"system", "markers", "turn end"} <= expected.protected_parts.keys()
+    assert last_result(model).selections[0].spans == expected.spans
+    for options in ({"messages": CHAT}, {"messages": CHAT, "template_options": {"add_generation_prompt": True}}):
+        model.generate(**chat_ids(tokenizer), max_new_tokens=2, **options)
+        assert last_result(model).selections[0].spans == expected.spans
+
+
+def test_messages_have_to_be_those_of_the_ids(spoken):
+    model, tokenizer = spoken
+    with pytest.raises(ValueError, match=r"^messages: expected the chat that input_ids were made of \(\d+ tokens\)"):
+        model.generate(**chat_ids(tokenizer), max_new_tokens=2, messages=CHAT[1:])
+    with pytest.raises(ValueError, match=r"^template_options: expected none for a prompt that is no chat"):
+        model.generate(prompt(), max_new_tokens=2, template_options={"tools": []})
+
+
+def test_a_batch_of_chats(spoken):
+    model, tokenizer = spoken
+    tokenizer.pad_token, tokenizer.padding_side = "<eos>", "left"
+    chats = [CHAT, CHAT[1:]]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    parts = []
+    for options in ({}, {"messages": chats}, {"messages": [None, CHAT[1:]]}):
+        model.generate(**inputs, max_new_tokens=2, **options)
+        parts.append([selection.protected_parts for selection in last_result(model).selections])
+    assert parts[0] == parts[1] == parts[2]
+    assert ["system" in part for part in parts[0]] == [True, False]
+
+
+def test_passages_survive(spoken):
+    model, tokenizer = spoken
+    inputs = tokenizer(TEXT + "Who signed it?", return_tensors="pt")
+    model.generate(**inputs, max_new_tokens=2, protect=["Who signed it?"])
+    assert last_result(model).selections[0].protected == ((len(TEXT), len(TEXT) + 14),)
 
 
 def test_protected_spans_survive_and_do_not_reach_generate(enabled):

@@ -16,6 +16,7 @@ from specprefill_kernels.loop.decoding import DecodePlan, Prepared
 from specprefill_kernels.loop.generation import Generation
 from specprefill_kernels.loop.prompts import Prompt
 from specprefill_kernels.loop.protection import Protection
+from specprefill_kernels.loop.recognizing import recognize
 
 _WHOLE_CACHE = "the loop decodes with a cache of its own, of the kept tokens"
 
@@ -135,7 +136,7 @@ class Row(Generation):
     Args:
         loop: both models.
         prepared: the call for this prompt alone, padding on its left included.
-        messages: the chat that its ids were made of, if given.
+        messages: the chat that its ids were made of, if given; else they are asked themselves (`recognize`).
         template_options, protect: as in `SpecPrefill.select`.
 
     Attributes:
@@ -175,6 +176,12 @@ class Row(Generation):
         return self.result()
 
     def _read(self) -> tuple[Prompt, Protection]:
+        owner = self._owner
+        if self._prompt is self._ids and owner.config.protect == "template":
+            with self._clock.stage("tokenize"):
+                chat = recognize(self._ids, owner.tokenizer)
+            if chat is not None:
+                self._prompt, self._template_options = chat.messages, chat.template_options
         prompt, protection = super()._read()
         own = self._ids[0].to("cpu", torch.int64)
         if not torch.equal(prompt.input_ids[0], own):

@@ -89,15 +89,17 @@ def enable(
     It takes what it took before, and three keywords more, for one call:
 
         protect: what must survive, as `SpecPrefill.select` takes it: (start, end) spans of the prompt's tokens (without
-            padding), or, with `messages`, passages and `Characters`. For a batch one such list (or None) per row.
+            padding), passages, or `Characters`. For a batch one such list (or None) per row.
         messages: the chat that the ids were made of, so that the parts of its template survive (`config.protect`); for
-            a batch a list of chats. It must give the very ids of the call.
-        template_options: what the chat template was given beside them: {"tools": [...]}.
+            a batch a list of chats. It must give the very ids of the call. Seldom needed: with `tokenizer` most chats
+            are recognized by their ids.
+        template_options: what the chat template was given beside `messages`: {"tools": [...]}.
 
     Args:
         model: a Transformers causal language model: the base.
         speculator, config, speculator_tokenizer, self_layers, costs, selection_cache: as in `SpecPrefill`.
-        tokenizer: the base's. Needed with `speculator_tokenizer` and for `messages`; results have no text without it.
+        tokenizer: the base's. Without it no chat template's parts survive, and results have no text. Needed with
+            `speculator_tokenizer`, for `messages` and for passages.
 
     Raises:
         TypeError: `model` is no Transformers model that generates.
