@@ -93,8 +93,6 @@ def test_options_reach_the_op(page_size):
     options = {"scale": 0.3, "softcap": 5.0, "window": [None, 9, 40]}
     state = sglang.score(pool_of(filled), queries, config=config, **options)
     same(state, dense_state(filled, queries, config, **options))
-    one_row = sglang.score(pool_of(filled), queries, config=config.replace(reduce="max"), **options)
-    same(one_row, state.amax(1, keepdim=True))
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -178,17 +176,25 @@ def test_what_is_kept_in_sglangs_terms(flat, page_size):
     assert sglang.select(pool, state, **options).input_ids is None
 
 
+@pytest.mark.parametrize("pool_order", ["before_max", "after_max"])
+def test_rows_are_folded_only_where_their_maximum_is_enough(pool_order):
+    filled = fill()
+    pool, queries, config = pool_of(filled), queries_for(filled), PAPER.replace(reduce="max", pool_order=pool_order)
+    state = sglang.score(pool, queries, config=config)
+    assert state.shape[1] == (1 if pool_order == "before_max" else 4)
+    rows = dense_state(filled, queries, config)
+    late = {"pool_kernel_size": 13} if pool_order == "after_max" else {}
+    kept = sglang.select(pool, state, config=config, num_look_ahead=torch.tensor([4, 4, 4]))
+    same(kept.importance, spk.finalize_importance(rows, filled.lengths, reduce="max", **late))
+
+
 def test_defaults_are_the_preset():
     filled = fill()
     pool, queries = pool_of(filled), queries_for(filled)
     default = SpecPrefillConfig.preset("default")
     state = sglang.score(pool, queries)
     same(state, sglang.score(pool, queries, config=default))
-    assert state.shape == (3, 1, 128)  # rows are reduced by their maximum
-    kept = sglang.select(pool, state, num_look_ahead=torch.tensor([4, 4, 4]))
-    same(kept.positions, sglang.select(pool, state, config=default).positions)
-    importance = spk.finalize_importance(state, filled.lengths, reduce="max", pool_kernel_size=31)
-    same(kept.importance, importance)
+    same(sglang.select(pool, state).positions, sglang.select(pool, state, config=default).positions)
 
 
 def test_layers_of_a_pipeline_stage():

@@ -179,7 +179,8 @@ def score(
             `RadixAttention.sliding_window_size + 1` where that is not -1.
         lse: [B, N, Hq] fp32 per layer, if attention returned it.
         key_scale: per layer, `RadixAttention.k_scale_float` of an fp8 pool. Default: 1.
-        state: one from before, for more layers. Default: a new one, of one row if the config's `reduce` is "max".
+        state: one from before, for more layers. Default: a new one, of one row where that is enough (reduce="max",
+            pool_order="before_max").
 
     Returns:
         [B, N or 1, max_len] fp32. With tensor parallelism each rank holds its own heads' maximum:
@@ -198,7 +199,8 @@ def score(
         if pool.block_table.shape[1] < needed:
             _checks.fail("pool", f"look_ahead_keys of {rows - 1}, as normalize_over='visible' reads them", "fewer")
     if state is None:
-        kept_rows = 1 if config.reduce == "max" else rows
+        # Pooling after the maximum comes before the reduction over rows: then their maximum alone is not enough.
+        kept_rows = 1 if config.reduce == "max" and config.pool_order == "before_max" else rows
         state = new_state(pool.slots.shape[0], kept_rows, pool.max_len, device=pool.slots.device)
     return score_layers_(
         state,
