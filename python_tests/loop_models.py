@@ -154,3 +154,15 @@ def pipeline(family="llama", *, base=None, **changes):
 def ordinary(model, ids, count, **options):
     set_seed(0)
     return model.generate(ids, max_new_tokens=count, **options)[0, ids.shape[1] :].tolist()
+
+
+def stand_ins(monkeypatch):
+    """The registry's models are tiny ones, for code on the pages: no gigabyte is loaded."""
+    from specprefill_kernels import models
+
+    tiny = {
+        "qwen2.5-coder-1.5b": lambda: (build("llama"), byte_tokenizer((("t", "h"),))),
+        "smollm2-135m": lambda: (build("llama", seed=1), byte_tokenizer()),
+    }
+    assert tiny.keys() <= models.REGISTRY.keys()
+    monkeypatch.setattr(models, "load", lambda name: tiny[name]())

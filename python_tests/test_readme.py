@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
+import pages
 import pytest
 import torch
+from pages import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+README = pages.text_of("README.md")
+blocks = partial(pages.blocks, "README.md", None)
 
 
 def test_nothing_escapes_these_tests() -> None:
-    assert set(re.findall(r"^```(\w+)", README, flags=re.MULTILINE)) == {"sh", "python", "bibtex"}
+    assert set(pages.languages("README.md")) == {"sh", "python", "bibtex"}
     assert [len(blocks(language)) for language in ("sh", "python", "bibtex")] == [4, 3, 1]
 
 
@@ -39,16 +38,9 @@ def test_the_ops_block(capsys: pytest.CaptureFixture) -> None:
 def test_the_loop_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """As it stands, but for the models: the names stand for tiny ones, so that no gigabyte is loaded."""
     pytest.importorskip("transformers")
-    from loop_models import build, byte_tokenizer
+    from loop_models import stand_ins
 
-    from specprefill_kernels import models
-
-    assert {"qwen2.5-coder-1.5b", "smollm2-135m"} <= set(models.REGISTRY)
-    tiny = {
-        "qwen2.5-coder-1.5b": lambda: (build("llama"), byte_tokenizer((("t", "h"),))),
-        "smollm2-135m": lambda: (build("llama", seed=1), byte_tokenizer()),
-    }
-    monkeypatch.setattr(models, "load", lambda name: tiny[name]())
+    stand_ins(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("report.txt").write_text("The report was signed by the treasurer. " * 20)
     (block,) = (block for block in blocks("python") if "models.load(" in block)

@@ -1,0 +1,73 @@
+"""The reader of code blocks reads what a page shows, and no page has a block that nobody could run."""
+
+from __future__ import annotations
+
+import pages
+import pytest
+
+PAGE = """# Title
+
+```sh
+# no heading
+one
+```
+
+## A
+
+a
+
+```python
+x = 1
+```
+
+### B
+
+```python
+x = 2
+```
+
+## C
+
+```
+bare
+```
+
+``` not a fence
+## D
+"""
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text(PAGE)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    return "page.md"
+
+
+def test_blocks_are_found_by_language_and_heading(page):
+    assert pages.blocks(page, None, "python") == ["x = 1\n", "x = 2\n"]
+    assert pages.blocks(page, None, "sh") == ["# no heading\none\n"]
+    assert pages.blocks(page, "A", "python") == ["x = 1\n", "x = 2\n"]
+    assert pages.blocks(page, "### B", "python") == ["x = 2\n"]
+    assert pages.blocks(page, "C", "python") == []
+    assert pages.languages(page) == ["sh", "python", "python", ""]
+    assert pages.languages(page, "C") == [""]
+
+
+def test_a_section_ends_where_one_of_its_level_or_above_begins(page):
+    assert pages.section(page, "B").strip() == "```python\nx = 2\n```"
+    assert "## C" not in pages.section(page, "## A")
+    assert pages.section(page, "# Title").endswith("## D\n")
+
+
+def test_headings_that_are_not_there_once_are_refused(page):
+    for heading in ("E", "no heading", "## B"):
+        with pytest.raises(ValueError, match="which it has 0 times"):
+            pages.blocks(page, heading, "python")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/integrations.md", "docs/quality.md", "docs/sparse-attention.md"])
+def test_every_fence_of_a_page_belongs_to_a_block(name):
+    fences = [line for line in pages.text_of(name).splitlines() if line.startswith("```")]
+    assert len(fences) == 2 * len(pages.languages(name))
+    assert all(pages.languages(name))
