@@ -10,6 +10,7 @@
                                     own, .venv-vllm (1.3 GB to fetch; on a machine without a GPU vLLM's CPU build)
     python3 run.py triton [args]    the Triton kernels without a GPU: their tests in Triton's interpreter, then all of
                                     them compiled for every architecture (python_tests/aot.py [args])
+    python3 run.py kvpress [args]   the press for kvpress: its tests, in an environment beside this one (1.4 GB)
     python3 run.py setup [extras]   only the set-up
     python3 run.py lint             ruff, clang-format and mypy, check-only
     python3 run.py sanitize         the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
@@ -55,6 +56,7 @@ EXTRAS = {
     "test": "test",
     "bench": "bench",
     "triton": "test,triton",
+    "kvpress": "test",
     "vllm": "vllm",
     "lint": "dev",
     "sanitize": "dev",
@@ -80,7 +82,8 @@ BENCHES = {
     "timing": ("-m", "bench.timing"),
     "report": ("-m", "bench.report"),
 }
-# A peer that is measured, in an environment of its own: it wants another transformers than the loop is tested with.
+# Measured as a peer, and has a press of ours, in an environment of its own: it wants another transformers than the loop
+# is tested with.
 KVPRESS = "kvpress==0.5.5"
 # vLLM for processors; elsewhere the extra "vllm" brings what is needed. It pins a torch that only one index has, and
 # wants codecs that this torch cannot load: neither is taken.
@@ -342,7 +345,8 @@ def install_kvpress() -> str | None:
     """The Python of an environment with kvpress beside the same torch, made once (1.4 GB); None where that fails."""
     place = VENV / "kvpress"
     python, done = place / "bin" / "python", place / "done"
-    if done.exists() and done.read_text() == KVPRESS:
+    wanted = f"{KVPRESS} pytest"
+    if done.exists() and done.read_text() == wanted:
         return str(python)
     shutil.rmtree(place, ignore_errors=True)
     into = pip("--python", str(python), "install")
@@ -352,15 +356,22 @@ def install_kvpress() -> str | None:
     steps = (
         ("environment for kvpress", [str(PYTHON), "-m", "venv", "--without-pip", str(place)]),
         (f"{TORCH} for kvpress", torch),
-        (KVPRESS, [*into, KVPRESS]),
+        (KVPRESS, [*into, KVPRESS, "pytest>=8"]),
     )
     for title, command in steps:
         failure = run_step(title, command)
         if failure:
-            print(f"run.py: {title}: {failure}; peers are measured without kvpress (see {LOG})", file=sys.stderr)
+            print(f"run.py: {title}: {failure} (see {LOG})", file=sys.stderr)
             return None
-    done.write_text(KVPRESS)
+    done.write_text(wanted)
     return str(python)
+
+
+def kvpress(args: list[str]) -> int:
+    """Tests that skip without kvpress, with this checkout as the library."""
+    tests = sorted(str(path) for path in (ROOT / "python_tests").glob("test_kvpress*.py"))
+    python = install_kvpress()
+    return call(python, "-m", "pytest", *(args or ["-q", *tests]), env={"PYTHONPATH": str(ROOT)}) if python else 1
 
 
 def bench(args: list[str]) -> int:
@@ -376,8 +387,10 @@ def bench(args: list[str]) -> int:
         (ROOT / "bench" / "results").mkdir(exist_ok=True)
         command.append("--benchmark-json=bench/results/ops.json")
     if job == "peers" and not any(arg.startswith("--kvpress-python") or arg in ("-h", "--help") for arg in args):
-        kvpress = install_kvpress()
-        command += ["--kvpress-python", kvpress] if kvpress else []
+        python = install_kvpress()
+        if python is None:
+            print("run.py: peers are measured without kvpress", file=sys.stderr)
+        command += ["--kvpress-python", python] if python else []
     return call(*command)
 
 
@@ -400,6 +413,8 @@ def main(argv: list[str]) -> int:
         return bench(args)
     if job == "triton":
         return triton(args)
+    if job == "kvpress":
+        return kvpress(args)
     if job == "lint":
         return lint()
     if job == "vllm":

@@ -55,13 +55,14 @@ def test_a_job_that_is_none(run, capsys):
     assert len(run.called) == 1
 
 
-def test_peers_are_measured_with_kvpress_where_it_installs(run, monkeypatch):
+def test_peers_are_measured_with_kvpress_where_it_installs(run, monkeypatch, capsys):
     for python in ("/somewhere/python", None):
         monkeypatch.setattr(run, "install_kvpress", lambda python=python: python)
         run.called.clear()
         assert run.main(["bench", "peers", "--quick"]) == 0
         extra = ("--kvpress-python", python) if python else ()
         assert run.called[1] == ("-m", "bench.peers", "--quick", *extra)
+        assert ("peers are measured without kvpress" in capsys.readouterr().err) == (python is None)
     monkeypatch.setattr(run, "install_kvpress", lambda: pytest.fail("one was named"))
     assert run.main(["bench", "peers", "--kvpress-python", "/other"]) == 0
 
@@ -77,10 +78,24 @@ def test_an_environment_that_fails_is_said_and_tried_again(run, monkeypatch, cap
     monkeypatch.setattr(run, "run_step", step)
     failing = run.KVPRESS
     assert run.install_kvpress() is None
-    assert "without kvpress" in capsys.readouterr().err
+    assert f"{run.KVPRESS}: exit status 1" in capsys.readouterr().err
     failing = ""
     made = run.install_kvpress()
     assert made == str(run.VENV / "kvpress" / "bin" / "python")
     steps.clear()
     assert run.install_kvpress() == made
     assert steps == [], "it is there"
+
+
+def test_the_press_is_tested_where_kvpress_installs(run, monkeypatch):
+    (run.ROOT / "python_tests").mkdir()
+    for name in ("test_kvpress.py", "test_kvpress_page.py", "test_other.py"):
+        (run.ROOT / "python_tests" / name).touch()
+    monkeypatch.setattr(run, "install_kvpress", lambda: "/somewhere/python")
+    assert run.main(["kvpress"]) == 0
+    tests = [str(run.ROOT / "python_tests" / name) for name in ("test_kvpress.py", "test_kvpress_page.py")]
+    assert run.called == [("set up", "test"), ("-m", "pytest", "-q", *tests)]
+    assert run.main(["kvpress", "-x", tests[0]]) == 0
+    assert run.called[-1] == ("-m", "pytest", "-x", tests[0])
+    monkeypatch.setattr(run, "install_kvpress", lambda: None)
+    assert run.main(["kvpress"]) == 1
