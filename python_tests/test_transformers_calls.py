@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from generating import NEW, Favour, base_model, left_padded, now, ordinary, sequences_of
-from loop_models import PROMPT, VOCAB, build, byte_tokenizer, config, prompt
+from loop_models import PROMPT, VOCAB, build, byte_tokenizer, config, prompt, stand_ins
+from pages import blocks
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, pipeline
 
 from specprefill_kernels.integrations.transformers import disable, enable, last_result
@@ -336,10 +339,12 @@ def test_copies_have_the_ordinary_generate(enabled):
 
 
 def test_a_loop_on_an_enabled_model_is_what_it_was(enabled, speculator):
+    enabled.generate(prompt(), max_new_tokens=2)
+    last = last_result(enabled)
     sp = SpecPrefill(enabled, speculator, config(keep_ratio=1.0))
-    assert (
-        list(sp.generate(prompt(), NEW).tokens) == ordinary(enabled, prompt(), max_new_tokens=NEW)[0, PROMPT:].tolist()
-    )
+    expected = ordinary(enabled, prompt(), max_new_tokens=NEW)
+    assert list(sp.generate(prompt(), NEW).tokens) == expected[0, PROMPT:].tolist()
+    assert last_result(enabled) is last  # asking what generate would do is no call
 
 
 def test_a_model_that_cannot_runs_as_before(speculator, caplog):
@@ -379,3 +384,16 @@ def test_threads_do_not_disturb_each_other(base, speculator):
         assert len(found[index]) == 4
         assert all(torch.equal(one, expected) for one in found[index])
     assert {model.config._attn_implementation for model in (base, other, speculator)} == {"sdpa"}
+
+
+def test_the_block_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    stand_ins(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("report.txt").write_text("The report was signed by the treasurer. " * 20)
+    (block,) = blocks("docs/integrations.md", "Transformers", "python")
+    assert len([line for line in block.splitlines() if line]) <= 13
+    values: dict = {}
+    exec(block, values)
+    *_, told = capsys.readouterr().out.splitlines()
+    assert re.match(r"sparse kept \d+ of \d+ tokens, \d+ protected \(markers \d+, turn end \d+\)$", told)
+    assert "generate" not in vars(values["model"])

@@ -42,7 +42,7 @@ from specprefill_kernels.integrations._transformers_rows import (
     row_arguments,
 )
 from specprefill_kernels.loop import CostModel, GenerationResult, PromptSelection, SelectionCache, SpecPrefill
-from specprefill_kernels.loop.decoding import Prepared, prepare
+from specprefill_kernels.loop.decoding import Inquiry, Prepared, prepare
 
 __all__ = ["CallResult", "disable", "enable", "last_result"]
 
@@ -181,8 +181,8 @@ class _Generate:
         ours = {name: kwargs.pop(name, None) for name in _OURS}
         run_dense = functools.partial(self._run_dense, args, kwargs)
         arguments = _by_name(self._model, args, kwargs)
-        if arguments is None:
-            return self._ordinary(*args, **kwargs)  # which says what is wrong with them
+        if arguments is None or isinstance(arguments.get("custom_generate"), Inquiry):
+            return self._ordinary(*args, **kwargs)  # which says what is wrong with them, or what it would do
         reason = self._loop.base_problem or call_problem(arguments)
         if reason is not None:
             return run_dense(reason)

@@ -55,9 +55,19 @@ def prepare(model: Any, arguments: Mapping[str, Any], generate: Callable[..., An
     """
     arguments = dict(arguments)
     arguments["stopping_criteria"] = _with_stop_strings(model, arguments)
-    prepared: list[Prepared] = []
+    inquiry = Inquiry()
+    (model.generate if generate is None else generate)(**arguments, custom_generate=inquiry)
+    return inquiry.found
 
-    def keep(
+
+class Inquiry:
+    """A `custom_generate` function that decodes nothing and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.found: Prepared | None = None
+
+    def __call__(
+        self,
         _model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -65,12 +75,8 @@ def prepare(model: Any, arguments: Mapping[str, Any], generate: Callable[..., An
         generation_config: Any,
         **model_inputs: Any,
     ) -> Tensor:
-        found = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
-        prepared.append(found)
+        self.found = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
         return input_ids
-
-    (model.generate if generate is None else generate)(**arguments, custom_generate=keep)
-    return prepared[0] if prepared else None
 
 
 def _with_stop_strings(model: Any, arguments: dict[str, Any]) -> StoppingCriteriaList:
