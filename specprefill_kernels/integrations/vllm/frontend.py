@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import inspect
 import logging
 from typing import Any
 
@@ -101,7 +102,8 @@ class FrontEnd:
                 logger.warning("speculative prefill: every request will run dense: %s", problem)
         client = engine.engine_core
         self._client = client
-        if hasattr(client, "add_request_async"):
+        # Every client has both methods; the one that is not its way in raises.
+        if inspect.iscoroutinefunction(engine.add_request):
             self._send_async = client.add_request_async
             client.add_request_async = self._add_async
         else:

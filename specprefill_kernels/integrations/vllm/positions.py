@@ -86,6 +86,7 @@ def from_arguments(arguments: Mapping[str, Any] | None) -> Positions | None:
     wire = None if not arguments else arguments.get(KEY)
     if wire is None:
         return None
-    if not isinstance(wire, (list, tuple)) or len(wire) < 3 or not all(type(value) is int for value in wire):
-        raise ValueError(f"{KEY}: expected a list of at least three ints, got {wire!r}")
-    return Positions(wire[0], list(zip(wire[1::2], wire[2::2], strict=True)))
+    whole = isinstance(wire, (list, tuple)) and all(type(value) is int for value in wire)
+    if not whole or len(wire) < 3 or len(wire) % 2 == 0:
+        raise ValueError(f"{KEY}: expected ints [prompt_tokens, start, end, start, end, ...], got {wire!r}")
+    return Positions(wire[0], list(zip(wire[1::2], wire[2::2])))

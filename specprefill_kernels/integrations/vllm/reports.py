@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -34,9 +35,13 @@ class Reports:
 
         A completion of several prompts has several requests, `request_id`-0, -1, ...; their reports come as "prompts".
         """
-        mine = [name for name in self._outcomes if name == request_id or name.startswith(f"{request_id}-")]
+        if request_id in self._outcomes:
+            return self._outcomes.pop(request_id).to_json()
+        parts = re.compile(re.escape(request_id) + r"-(\d+|.*-beam-\d+)")
+        mine = [name for name in self._outcomes if parts.fullmatch(name)]
         outcomes = [self._outcomes.pop(name) for name in mine]
-        if len(outcomes) <= 1 or mine[0] == request_id:
+        # Beam search sends as many requests as there are tokens to try; one stands for all.
+        if len(outcomes) <= 1 or "-beam-" in mine[0]:
             return outcomes[0].to_json() if outcomes else None
         modes = {outcome.mode for outcome in outcomes}
         return {

@@ -197,6 +197,7 @@ class PromptSelector:
     def _read(self, ids: Sequence[int], text: str | None) -> Any:
         """The prompt with its messages, where a chat renders to just these ids; else the ids alone."""
         from specprefill_kernels.loop.prompts import read_prompt
+        from specprefill_kernels.loop.recognizing import recognize
 
         chat = self._chats.find(text, ids)
         if chat is not None:
@@ -207,4 +208,6 @@ class PromptSelector:
             else:
                 if prompt.input_ids[0].tolist() == list(ids):
                     return prompt
-        return read_prompt(list(ids), self._tokenizer)
+        prompt = read_prompt(list(ids), self._tokenizer)
+        # A client may have applied the template itself.
+        return recognize(prompt.input_ids, self._tokenizer) or prompt
