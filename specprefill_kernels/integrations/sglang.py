@@ -20,12 +20,13 @@ from torch import Tensor
 
 from specprefill_kernels import _checks
 from specprefill_kernels.config import SpecPrefillConfig
+from specprefill_kernels.integrations._sglang_queries import QueryRecorder
 from specprefill_kernels.ops.gather import gather_tokens
 from specprefill_kernels.ops.score import new_state, score_layers_
 from specprefill_kernels.ops.select import Selection
 from specprefill_kernels.ops.select_tokens import select_tokens
 
-__all__ = ["KeptTokens", "PoolKeys", "UnsupportedPool", "pool_keys", "score", "select"]
+__all__ = ["KeptTokens", "PoolKeys", "QueryRecorder", "UnsupportedPool", "pool_keys", "score", "select"]
 
 
 class UnsupportedPool(ValueError):
@@ -168,9 +169,9 @@ def score(
 
     Args:
         pool: from `pool_keys`, of the speculator's pools.
-        queries_per_layer: for each of `pool.layers` [B, N, Hq, D] after RoPE, as `RadixAttention.forward` gets `q`:
-            row 0 of the last prompt token, the others of the decoded tokens; with queries="observation_window" the
-            last N prompt tokens.
+        queries_per_layer: for each of `pool.layers` [B, N, Hq, D] after RoPE, as `QueryRecorder` keeps them: row 0 of
+            the last prompt token, the others of the decoded tokens; with queries="observation_window" the last N
+            prompt tokens.
         config: how it is scored (`queries`, `normalize_over`, `pool_*`, `reduce`, `backend`). Default: preset
             "default". queries="both" takes two calls with one `state`, and is refused here.
         num_look_ahead: [B] integers in [1, N], rows that count.
