@@ -8,18 +8,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pages
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
-SECTION = PAGE.split("\n## C and C++\n")[1].split("\n## ")[0]
+ROOT = pages.ROOT
+SECTION = ("docs/integrations.md", "## C and C++")
 MISSING = [tool for tool in ("cmake", "cc", "c++", "pkg-config") if shutil.which(tool) is None]
 
 needs_tools = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", SECTION, flags=re.MULTILINE | re.DOTALL)
 
 
 def run(commands: str, folder: Path) -> str:
@@ -39,29 +35,28 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("CMakeLists.txt", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("emulation", "check", "__pycache__"))
-    build_and_install, _ = blocks("sh")
+    build_and_install, _ = pages.blocks(*SECTION, "sh")
     run(build_and_install, folder)
     return folder
 
 
 def test_no_block_escapes() -> None:
-    assert set(re.findall(r"^```(\w+)", SECTION, flags=re.MULTILINE)) == {"sh", "cmake", "c"}
-    assert [len(blocks(language)) for language in ("sh", "cmake", "c")] == [2, 1, 1]
+    assert pages.languages(*SECTION) == ["sh", "cmake", "c", "sh"]
 
 
 @pytest.mark.slow
 @needs_tools
 def test_the_program_by_pkg_config(installed: Path) -> None:
-    (installed / "keep.c").write_text(blocks("c")[0])
-    assert run(blocks("sh")[1], installed) == "kept 200 of 1000 tokens, up to token 999\n"
+    (installed / "keep.c").write_text(pages.blocks(*SECTION, "c")[0])
+    assert run(pages.blocks(*SECTION, "sh")[1], installed) == "kept 200 of 1000 tokens, up to token 999\n"
 
 
 @pytest.mark.slow
 @needs_tools
 def test_the_program_by_cmake(installed: Path, tmp_path: Path) -> None:
-    (tmp_path / "keep.c").write_text(blocks("c")[0])
+    (tmp_path / "keep.c").write_text(pages.blocks(*SECTION, "c")[0])
     start = "cmake_minimum_required(VERSION 3.24)\nproject(keep LANGUAGES C)\nadd_executable(keep keep.c)\n"
-    (tmp_path / "CMakeLists.txt").write_text(start + blocks("cmake")[0])
+    (tmp_path / "CMakeLists.txt").write_text(start + pages.blocks(*SECTION, "cmake")[0])
     prefix = installed / "build/prefix"
     run(f"cmake -S . -B build -DCMAKE_PREFIX_PATH='{prefix}'\ncmake --build build", tmp_path)
     assert run("build/keep", tmp_path) == "kept 200 of 1000 tokens, up to token 999\n"
@@ -76,5 +71,5 @@ def test_the_version_asked_for_is_this_ones() -> None:
 
 
 def test_files_that_it_names_are_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", SECTION):
+    for target in re.findall(r"\]\(([^)#]+)\)", pages.section(*SECTION)):
         assert (ROOT / "docs" / target).is_file(), target

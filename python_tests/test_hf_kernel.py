@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pages
 import pytest
 import torch
 
@@ -19,10 +20,9 @@ import specprefill_kernels as spk
 
 pytest.importorskip("tomllib", reason="hf_kernel/lay_out.py needs Python 3.11")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = pages.ROOT
 TOOL = ROOT / "hf_kernel/lay_out.py"
-PAGE = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
-SECTION = PAGE.split("\n## Hugging Face kernels\n")[1].split("\n## ")[0]
+SECTION = ("docs/integrations.md", "## Hugging Face kernels")
 BACKENDS = ("reference", "triton")  # of most ops in the kernel
 
 # The process has the kernel, and no specprefill_kernels.
@@ -288,22 +288,19 @@ def test_kernels_info_describes_it(hub: ModuleType, tree: Path) -> None:
 # ---- the page ----
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", SECTION, flags=re.MULTILINE | re.DOTALL)
-
-
 def test_no_block_escapes() -> None:
-    assert set(re.findall(r"^```(\w+)", SECTION, flags=re.MULTILINE)) == {"sh", "python"}
-    assert [len(blocks(language)) for language in ("sh", "python")] == [1, 1]
-    card = (ROOT / "hf_kernel/CARD.md").read_text()
-    ops = blocks("python")[0].split("\nstate = ")[1].split("\nprint")[0]
-    assert ops in card  # the card shows the same calls
+    assert pages.languages(*SECTION) == ["sh", "python"]
+    calls = [
+        block[0].split("\nstate = ")[1].split("\nprint")[0]
+        for block in (pages.blocks(*SECTION, "python"), pages.blocks("hf_kernel/CARD.md", None, "python"))
+    ]
+    assert calls[0] == calls[1]  # the card shows the same
 
 
 def test_the_pages_blocks_run(hub: ModuleType, tool: ModuleType, tmp_path: Path) -> None:
-    command = blocks("sh")[0].split()
+    command = pages.blocks(*SECTION, "sh")[0].split()
     assert command[:2] == ["python", str(TOOL.relative_to(ROOT))]
     assert tool.main([str(tmp_path / command[2]), *command[3:]]) == 0
-    said = python(ALONE + blocks("python")[0], tmp_path)
+    said = python(ALONE + pages.blocks(*SECTION, "python")[0], tmp_path)
     assert said.startswith("tensor([2")  # 200 of 1000 tokens, or 224 without the short last chunk
     assert "'reference': None" in said
