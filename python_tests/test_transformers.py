@@ -7,8 +7,15 @@ import copy
 import pytest
 import torch
 from generating import NEW, Favour, StopAt, base_model, now, ordinary, sequences_of
-from loop_models import PROMPT, VOCAB, build, config, prompt
-from transformers import GenerationConfig, set_seed
+from loop_models import CONFIGS, PROMPT, VOCAB, build, config, prompt
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    set_seed,
+)
 
 from specprefill_kernels.integrations import transformers as integration
 from specprefill_kernels.integrations.transformers import disable, enable, last_result
@@ -235,3 +242,52 @@ def test_a_short_prompt_runs_dense(base, speculator):
     assert last_result(base).reason == "prompt too short: 150 tokens, min_prompt_tokens is 200"
     assert last_result(base).selections[0].mode == "dense"
     assert torch.equal(base.generate(max_new_tokens=2, bos_token_id=5)[:, :1], torch.tensor([[5]]))
+
+
+def multimodal(text):
+    """A multimodal model around a text model's weights."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wrapped = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text.config.to_dict(),
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_index=VOCAB - 1,
+        )
+    ).eval()
+    weights = text.state_dict()
+    with torch.no_grad():
+        for name, weight in wrapped.state_dict().items():
+            if "vision" not in name and "projector" not in name:
+                weight.copy_(weights[name.replace("language_model.", "")])
+    wrapped.generation_config = text.generation_config
+    return wrapped
+
+
+def test_a_multimodal_model_reads_text_as_its_text_model_does(speculator):
+    text = build("gemma3", seed=7)
+    model = multimodal(text)
+    ids, options = prompt() % 280 + 3, {"max_new_tokens": 8, "no_repeat_ngram_size": 1}
+    answers = []
+    for one in (text, model):
+        enable(one, speculator, config())
+        answers.append(one.generate(ids, **options))
+        assert last_result(one).mode == "sparse"
+    assert torch.equal(*answers)
+    assert not torch.equal(answers[0], ordinary(text, ids, **options))
+    images = {"pixel_values": torch.zeros(1, 3, 28, 28)}
+    with pytest.raises(ValueError, match="mage"):  # the ordinary one misses the image's tokens
+        model.generate(ids, **options, **images)
+
+
+def test_positions_of_several_axes_run_dense(speculator):
+    """Text alone has equal positions on all of them; the loop does not know that."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 32}
+    text = {**CONFIGS["qwen2"]().to_dict(), "hidden_size": 64, "rope_parameters": rope}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    model.generation_config.pad_token_id = 0
+    enable(model, speculator, config())
+    expected = ordinary(model, prompt(), max_new_tokens=4)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=4), expected)
+    assert last_result(model).reason == "position_ids of several axes: the loop gives every token one position"

@@ -76,8 +76,12 @@ def plan_problem(arguments: Mapping[str, Any], prepared: Prepared, *, streamed: 
         if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
             return f"{name}: {why}"
     for name in sorted(prepared.model_inputs.keys() - _OWN_INPUTS):
-        if prepared.model_inputs[name] is not None:
+        # A multimodal model has an empty place for what was encoded, even where that is nothing.
+        if prepared.model_inputs[name] is not None and prepared.model_inputs[name] != {}:
             return f"{name}: an input of the model's that the loop does not give it"
+    positions = prepared.model_inputs.get("position_ids")
+    if positions is not None and positions.ndim != 2:
+        return "position_ids of several axes: the loop gives every token one position"
     return _padding_problem(prepared) or _batch_problem(arguments, prepared, streamed)
 
 
