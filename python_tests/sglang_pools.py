@@ -7,8 +7,10 @@ kept for padding, int32 rows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,11 +68,12 @@ def new_pools(kind: str, *, size: int, **options: Any) -> tuple[Any, Any]:
         return LikeReqToTokenPool(REQUESTS, CONTEXT), LikeKVPool(size, **options)
     pools = sglangs_own()
     layout = options.pop("kv_cache_layout", "nhd")
-    if layout == "hnd":
-        pytest.skip("sglang reads HND order from its environment")
     more = {"device": "cpu", "enable_memory_saver": False}
     requests = pools.ReqToTokenPool(size=REQUESTS, max_context_len=CONTEXT, **more)
-    return requests, pools.MHATokenToKVPool(size=size, **options, **more)
+    with mock.patch.dict(os.environ, {"SGLANG_USE_HND_KVCACHE": "1" if layout == "hnd" else "0"}):
+        pool = pools.MHATokenToKVPool(size=size, **options, **more)
+    assert pool.kv_cache_layout == layout
+    return requests, pool
 
 
 @dataclass
