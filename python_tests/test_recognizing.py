@@ -36,6 +36,7 @@ def test_chats_are_read_back(template, chat):
     found = recognize(given.input_ids, tokenizer)
     assert found is not None
     assert torch.equal(found.input_ids, given.input_ids)
+    assert read_prompt(found, tokenizer) is found
     turns = [message for message in found.messages if message["role"] != "system"]
     assert [turn["role"] for turn in turns] == [message["role"] for message in messages if message["role"] != "system"]
     if template == "mistral" and messages[0] is SYSTEM:

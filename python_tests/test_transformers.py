@@ -244,6 +244,20 @@ def test_a_short_prompt_runs_dense(base, speculator):
     assert torch.equal(base.generate(max_new_tokens=2, bos_token_id=5)[:, :1], torch.tensor([[5]]))
 
 
+def test_pad_ids_inside_a_prompt_are_tokens_where_the_mask_says_so(enabled):
+    pad = enabled.generation_config.pad_token_id
+    ids = torch.cat([prompt(), prompt(seed=2)])
+    ids[0, 0] = ids[1, 70] = pad
+    for rows in (ids, ids[:1], ids[1:]):
+        enabled.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=2)
+        assert [row.prompt_tokens for row in last_result(enabled).rows] == [PROMPT] * len(rows)
+    # Without a mask generate takes them for padding, as before.
+    enabled.generate(ids[:1], max_new_tokens=2)
+    assert last_result(enabled).rows[0].prompt_tokens == PROMPT - 1
+    assert torch.equal(enabled.generate(ids[1:], max_new_tokens=2), ordinary(enabled, ids[1:], max_new_tokens=2))
+    assert last_result(enabled).reason == "attention_mask: padding that is not all on the left"
+
+
 def multimodal(text):
     """A multimodal model around a text model's weights."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

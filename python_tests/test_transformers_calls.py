@@ -235,8 +235,8 @@ def test_messages_have_to_be_those_of_the_ids(spoken):
     model, tokenizer = spoken
     with pytest.raises(ValueError, match=r"^messages: expected the chat that input_ids were made of \(\d+ tokens\)"):
         model.generate(**chat_ids(tokenizer), max_new_tokens=2, messages=CHAT[1:])
-    with pytest.raises(ValueError, match=r"^template_options: expected none for a prompt that is no chat"):
-        model.generate(prompt(), max_new_tokens=2, template_options={"tools": []})
+    with pytest.raises(ValueError, match=r"^messages: expected the chat that template_options belong to, got None"):
+        model.generate(**chat_ids(tokenizer), max_new_tokens=2, template_options={"tools": []})
 
 
 def test_a_batch_of_chats(spoken):

@@ -183,9 +183,7 @@ class Row(Generation):
         owner = self._owner
         if self._prompt is self._ids and owner.config.protect == "template":
             with self._clock.stage("tokenize"):
-                chat = recognize(self._ids, owner.tokenizer)
-            if chat is not None:
-                self._prompt, self._template_options = chat.messages, chat.template_options
+                self._prompt = recognize(self._ids, owner.tokenizer) or self._ids
         prompt, protection = super()._read()
         own = self._ids[0].to("cpu", torch.int64)
         if not torch.equal(prompt.input_ids[0], own):

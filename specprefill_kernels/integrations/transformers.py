@@ -238,6 +238,8 @@ class _Generate:
     def _rows(self, arguments: dict[str, Any], prepared: Prepared, ours: dict[str, Any]) -> list[Row]:
         count = prepared.input_ids.shape[0]
         given = {name: _each(name, ours[name], count) for name in ("protect", "messages")}
+        if ours["template_options"] is not None and ours["messages"] is None:
+            raise ValueError("messages: expected the chat that template_options belong to, got None")
         rows = []
         for index in range(count):
             of_row = prepared

@@ -55,7 +55,7 @@ def is_batch(prompt: Any) -> bool:
 
 
 def read_prompt(prompt: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> Prompt:
-    """Ids of one prompt: text, chat messages, ids as a list, or a tensor [T] or [1, T].
+    """Ids of one prompt: text, chat messages, ids as a list, or a tensor [T] or [1, T]. A `Prompt` stays as it is.
 
     `template_options` go to the chat template: `tools`, `enable_thinking`, ... The answer is opened
     (`add_generation_prompt`) unless they say otherwise, or let the last message go on (`continue_final_message`).
@@ -70,6 +70,8 @@ def read_prompt(prompt: Any, tokenizer: Any, template_options: Mapping[str, Any]
             f"template_options: expected none for a prompt that is no chat, which no chat template renders, got "
             f"{', '.join(template_options)}"
         )
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, Tensor):
         if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != 1):
             raise ValueError(f"prompt: expected ids [T] or [1, T] (a list for several), got {list(prompt.shape)}")
