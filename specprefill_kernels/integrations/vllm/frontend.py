@@ -221,6 +221,9 @@ class FrontEnd:
         pruned = copy.copy(request)
         pruned.prompt_token_ids = [token for start, end in outcome.spans for token in ids[start:end]]
         pruned.sampling_params = copy.copy(request.sampling_params)
+        # The engine stops where indices reach max_model_len. Positions get there earlier, and no further.
+        room = self._engine.vllm_config.model_config.max_model_len - len(ids)
+        pruned.sampling_params.max_tokens = min(request.sampling_params.max_tokens, room)
         pruned.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), KEY: positions.to_wire()}
         return pruned
 
