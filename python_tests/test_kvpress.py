@@ -14,7 +14,7 @@ from transformers import AttentionInterface, DynamicCache, pipeline
 import specprefill_kernels as spk
 from specprefill_kernels.integrations.kvpress import SpeculativePrefillPress as Press
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen2_sliding")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen2_sliding", "gemma3")
 PAPER = {"pool_kernel_size": 13, "pool_order": "before_max", "reduce": "mean", "chunk_size": 1}
 
 
@@ -130,8 +130,8 @@ def test_as_many_entries_as_other_presses_keep():
 def test_ranks_break_ties_and_short_chunks_count_their_own_tokens():
     press = Press(0.5, chunk_size=4, importance=torch.tensor([1.0, 1, 1, 1, 5, 0, 0, 0, 1, 1, 1, 1, 1.2]))
     assert order(press, 13) == [4, 5, 6, 7, 12, 0, 1, 2, 3, 8, 9, 10, 11]
-    press = Press(0.5, chunk_size=4, importance=torch.zeros(13))
-    assert order(press, 13) == list(range(13))
+    press = Press(0.5, chunk_size=4, importance=torch.zeros(5001))
+    assert order(press, 5001) == list(range(5001))
 
 
 def order(press, tokens):

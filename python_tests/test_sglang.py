@@ -197,6 +197,20 @@ def test_defaults_are_the_preset():
     same(sglang.select(pool, state).positions, sglang.select(pool, state, config=default).positions)
 
 
+def test_the_budgets_options_reach_the_selection():
+    filled = fill()
+    pool, queries = pool_of(filled), queries_for(filled)
+    state = sglang.score(pool, queries, config=PAPER)
+    importance = spk.finalize_importance(state, filled.lengths)
+    for changes in ({"sink": 20}, {"tail": 20}, {"rounding": "floor"}, {"keep_tokens": 50}, {"keep_mass": 0.5}):
+        config = PAPER.replace(**changes)
+        kept = sglang.select(pool, state, config=config)
+        options = {"keep_ratio": 0.3} if "keep_tokens" not in changes and "keep_mass" not in changes else {}
+        expected = spk.select_chunks(importance, filled.lengths, chunk_size=8, **options, **changes)
+        same(kept.selection.indices, expected.indices)
+        assert kept.selection.indices.tolist() != sglang.select(pool, state, config=PAPER).selection.indices.tolist()
+
+
 def test_layers_of_a_pipeline_stage():
     filled = fill(start_layer=6)
     assert pool_of(filled).layers == (6, 7, 8)
@@ -297,6 +311,12 @@ def test_wrong_arguments_are_named():
     requests.req_to_token[rows[1], 17] = 5
     with pytest.raises(ValueError, match=r"slot of token 17 of request 1: expected \d+, as pages of 16 tokens lie"):
         pool_of(filled)
+    # or, where keys behind the prompt are read, one of those
+    filled = fill(page_size=16, behind=3)
+    filled.requests.req_to_token[rows[1], 34] = 5
+    pool_of(filled)
+    with pytest.raises(ValueError, match="slot of token 34 of request 1"):
+        pool_of(filled, look_ahead_keys=3)
     # and a first one in the middle of a page
     filled = fill(page_size=16)
     filled.requests.req_to_token[rows[0], :70] += 1

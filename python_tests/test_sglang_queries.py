@@ -59,7 +59,9 @@ class Model(torch.nn.Module):
 
     def run(self, queries: list[torch.Tensor], batch: SimpleNamespace) -> None:
         for layer, query in zip(self.layers, queries, strict=True):
-            layer(query.clone().flatten(1), None, None, batch)
+            own = query.clone()
+            layer(own.flatten(1), None, None, batch)
+            own.fill_(float("nan"))  # the next layer's memory
 
 
 def forward_batch(mode: str, count: int, lengths: list[int] | None = None, *, on_cpu: bool = True) -> SimpleNamespace:
