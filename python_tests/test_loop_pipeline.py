@@ -331,8 +331,10 @@ def test_protected_passages_survive():
     assert not set(range(text.find("KEEP"), text.find("KEEP") + 8)) <= set(sp.select(text).kept_indices.tolist())
     with pytest.raises(ValueError, match=r"^protect\[0\]: expected a passage"):
         sp.select(text, protect=["not there"])
+    ids = tokenizer(text)["input_ids"]
+    assert sp.select(ids, protect=["KEEP ME."]).kept_indices.tolist() == kept
     with pytest.raises(ValueError, match=r"^protect\[0\]: expected \(start, end\) token spans"):
-        sp.select(tokenizer(text)["input_ids"], protect=["KEEP ME."])
+        pipeline(keep_tokens=64).select(ids, protect=["KEEP ME."])
 
 
 def test_template_options_reach_the_chat_template():
