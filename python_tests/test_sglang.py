@@ -307,6 +307,8 @@ def test_wrong_arguments_are_named():
         sglang.select((1,), spk.new_state(1, 1, 1))
     with pytest.raises(ValueError, match=r"state: expected shape \[3, \*, 128\], as pool has, got shape \[3, 4, 127\]"):
         sglang.select(pool, spk.new_state(3, 4, 127))
+    with pytest.raises(ValueError, match="input_ids: expected the ids of whole prompts, 231, got 230"):
+        sglang.select(pool, spk.new_state(3, 4, 128), input_ids=torch.arange(230))
     # token 17 of the second request lies elsewhere than behind token 16
     requests.req_to_token[rows[1], 17] = 5
     with pytest.raises(ValueError, match=r"slot of token 17 of request 1: expected \d+, as pages of 16 tokens lie"):

@@ -241,7 +241,8 @@ def select(
         state: from `score`.
         protect: [B, max_len] bool, tokens that must survive (a config's protect="template" needs text, and has no
             effect here). `config.sink` and `config.tail` count.
-        input_ids: [B, max_len], or flat as SGLang has them, [sum of seq_lens].
+        input_ids: [B, max_len], or flat as SGLang has them, [sum of seq_lens] (whose length is compared with theirs:
+            that copies a number from the device).
 
     Raises:
         ValueError: as `select_tokens`.
@@ -275,6 +276,8 @@ def select(
         starts = None
         if input_ids.ndim == 1:
             starts = torch.nn.functional.pad(pool.seq_lens.cumsum(0), (1, 0))
+            if int(starts[-1]) > input_ids.shape[0]:  # a batch whose prefixes were cached has only the rest
+                _checks.fail("input_ids", f"the ids of whole prompts, {int(starts[-1])}", input_ids.shape[0])
         ids = gather_tokens(input_ids, selection, cu_seqlens=starts, backend=config.backend).values
     return KeptTokens(packed.position_ids, packed.values, packed.cu_seqlens, ids, selection, importance)
 
