@@ -27,6 +27,8 @@ def new_state(batch: int, look_ahead: int, max_len: int, device: torch.device | 
     """Zeros [batch, look_ahead, max_len], fp32: the running maximum that `score_layer_` updates.
 
     Give `look_ahead=1` when the rows are to be reduced by their maximum: `score_layer_` then folds all rows into one.
+    That is the same as `finalize_importance(..., reduce="max")` over all rows where pooling comes before the maximum;
+    with `pool_order="after_max"` each row is pooled by itself there, and one row would be pooled after their maximum.
     """
     for name, value in (("batch", batch), ("look_ahead", look_ahead), ("max_len", max_len)):
         _checks.integer(name, value, 1)
