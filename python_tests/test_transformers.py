@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from generating import NEW, Favour, StopAt, base_model, now, ordinary, sequences_of
-from loop_models import CONFIGS, PROMPT, VOCAB, build, config, prompt
+from loop_models import CONFIGS, PROMPT, VOCAB, build, byte_tokenizer, config, prompt
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from specprefill_kernels.integrations import transformers as integration
+from specprefill_kernels.integrations._transformers_rows import call_problem, plan_problem
 from specprefill_kernels.integrations.transformers import disable, enable, last_result
 from specprefill_kernels.loop import SpecPrefill
+from specprefill_kernels.loop.decoding import prepare
 
 
 @pytest.fixture
@@ -199,6 +202,32 @@ def test_what_the_loop_cannot_do_runs_dense_and_says_why(enabled, name, caplog):
     assert caplog.text.count(f"generate runs dense: {result.reason}") == 1  # once for both
 
 
+ARGUMENTS = (
+    "assistant_model cache_implementation cache_position custom_generate inputs_embeds negative_prompt_ids "
+    "past_key_values position_ids synced_gpus token_healing"
+)
+FIELDS = (
+    "cache_implementation guidance_scale output_attentions output_hidden_states prefill_chunk_size token_healing "
+    "num_return_sequences num_beams penalty_alpha prompt_lookup_num_tokens"
+)
+
+
+def test_every_reason_is_found(enabled):
+    """Those too for which an ordinary call would need another model, or several processes."""
+    for name in ARGUMENTS.split():
+        assert call_problem({"inputs": prompt(), name: torch.ones(1)}).startswith(f"{name}: ")
+        assert call_problem({"inputs": prompt(), name: None}) is None
+    prepared = prepare(enabled, {"inputs": prompt(), "max_new_tokens": 2})
+    assert plan_problem({}, prepared, streamed=True) is None
+    for name in FIELDS.split():
+        changed = copy.deepcopy(prepared.config)
+        changed.top_k = 4  # which a penalty alpha goes with
+        setattr(changed, name, 2)
+        assert plan_problem({}, replace(prepared, config=changed), streamed=False) is not None, name
+    extra = replace(prepared, model_inputs={"token_type_ids": torch.zeros(1, PROMPT)})
+    assert plan_problem({}, extra, streamed=False).startswith("token_type_ids: ")
+
+
 def test_embeddings_a_cache_and_an_assistant_run_dense(enabled, speculator):
     ids = prompt()
     for name, options in {
@@ -256,6 +285,25 @@ def test_pad_ids_inside_a_prompt_are_tokens_where_the_mask_says_so(enabled):
     assert last_result(enabled).rows[0].prompt_tokens == PROMPT - 1
     assert torch.equal(enabled.generate(ids[1:], max_new_tokens=2), ordinary(enabled, ids[1:], max_new_tokens=2))
     assert last_result(enabled).reason == "attention_mask: padding that is not all on the left"
+
+
+def test_a_generate_inside_the_ordinary_one_is_ordinary(enabled, speculator):
+    """Token healing is a call of `generate` of its own."""
+    tokenizer = byte_tokenizer((("o", "o"),))  # so that "o" at the end may be healed
+    tokenizer.pad_token, enabled.generation_config.bos_token_id = "<eos>", 1
+    healing = GenerationConfig(token_healing=True, max_new_tokens=4)
+    inputs = {
+        **tokenizer("The report was signed by the treasurer. " * 8 + "Who", return_tensors="pt"),
+        "tokenizer": tokenizer,
+    }
+    forwards = []
+    with speculator.register_forward_pre_hook(lambda *_: forwards.append(1)):
+        for options in ({"token_healing": True, "max_new_tokens": 4}, {"generation_config": healing}):
+            enabled.generate(**inputs, **options)
+            assert last_result(enabled).reason == "token_healing: it changes the prompt"
+        assert not forwards
+        enabled.generate(**inputs, max_new_tokens=4)
+        assert forwards
 
 
 def multimodal(text):

@@ -23,6 +23,7 @@ _WHOLE_CACHE = "the loop decodes with a cache of its own, of the kept tokens"
 # Arguments of a call with which it runs dense, and why.
 _ARGUMENTS: Mapping[str, str] = {
     "assistant_model": _WHOLE_CACHE,
+    "cache_implementation": _WHOLE_CACHE,  # asked for here: "paged" would run the model before anything is prepared
     "cache_position": "the loop counts positions itself",
     "custom_generate": "a decoding loop of the call's own",
     "inputs_embeds": "the speculator reads ids",
@@ -30,6 +31,7 @@ _ARGUMENTS: Mapping[str, str] = {
     "past_key_values": _WHOLE_CACHE,
     "position_ids": "the loop counts positions itself",
     "synced_gpus": "all processes have to take the same number of steps",
+    "token_healing": "it changes the prompt",
 }
 # Fields of a generation config with which a call runs dense, and why.
 _OPTIONS: Mapping[str, str] = {
@@ -55,7 +57,7 @@ _MODES = ("greedy_search", "sample")
 def call_problem(arguments: Mapping[str, Any]) -> str | None:
     """Why a call with these arguments cannot be sparse, or None. Nothing has run."""
     for name, why in _ARGUMENTS.items():
-        value = arguments.get(name)
+        value = arguments.get(name, getattr(arguments.get("generation_config"), name, None))
         if value is not None and value is not False:
             return f"{name}: {why}"
     return None

@@ -24,6 +24,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,6 +52,8 @@ logger = logging.getLogger("specprefill_kernels")
 _said: set[str] = set()  # reasons that were logged
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
+# Whose ordinary `generate` is running here.
+_inside: ContextVar[frozenset[int]] = ContextVar("specprefill_inside_generate", default=frozenset())
 
 # What an enabled `generate` takes beside its own arguments.
 _OURS = ("protect", "messages", "template_options")
@@ -181,7 +184,7 @@ class _Generate:
         ours = {name: kwargs.pop(name, None) for name in _OURS}
         run_dense = functools.partial(self._run_dense, args, kwargs)
         arguments = _by_name(self._model, args, kwargs)
-        if arguments is None or isinstance(arguments.get("custom_generate"), Inquiry):
+        if arguments is None or isinstance(arguments.get("custom_generate"), Inquiry) or id(self) in _inside.get():
             return self._ordinary(*args, **kwargs)  # which says what is wrong with them, or what it would do
         reason = self._loop.base_problem or call_problem(arguments)
         if reason is not None:
@@ -189,7 +192,7 @@ class _Generate:
         arguments, device = self._on_the_models_device(arguments)
         streamer = arguments.pop("streamer", None)
         try:
-            prepared = prepare(self._model, arguments, self._ordinary)
+            prepared = prepare(self._model, arguments, self._run_ordinary)
         except Exception as error:  # the ordinary call says it itself, or knows how to go on
             return run_dense(f"what generate would do could not be found out: {error}")
         if prepared is None:
@@ -222,9 +225,17 @@ class _Generate:
         if said and reason not in _said:
             _said.add(reason)
             logger.warning("generate runs dense: %s", reason)
-        output = self._ordinary(*args, **kwargs)
+        output = self._run_ordinary(*args, **kwargs)
         self.last = CallResult("dense", reason, (), selections)
         return output
+
+    def _run_ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` calls itself for some options (token healing), and is not to meet us then."""
+        token = _inside.set(_inside.get() | {id(self)})
+        try:
+            return self._ordinary(*args, **kwargs)
+        finally:
+            _inside.reset(token)
 
     def _on_the_models_device(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], torch.device | None]:
         """Processors are made for the device that they will run on; the answer goes back to the ids' own."""
@@ -244,7 +255,7 @@ class _Generate:
         for index in range(count):
             of_row = prepared
             if count > 1:
-                again = prepare(self._model, row_arguments(arguments, prepared, index), self._ordinary)
+                again = prepare(self._model, row_arguments(arguments, prepared, index), self._run_ordinary)
                 assert again is not None  # it was asked for the batch already
                 of_row = again
             messages, protect = given["messages"][index], given["protect"][index]
