@@ -235,7 +235,7 @@ def test_a_prompt_longer_than_the_context_is_refused_however_little_would_be_kep
 
     with chosen(llm) as selector:
         for count in (CONTEXT, CONTEXT + 100):
-            with pytest.raises(VLLMValidationError, match="(?i)maximum (model|context) length"):
+            with pytest.raises(VLLMValidationError, match=r"(?i)maximum (model|context) length"):
                 run(llm, (text_ids(0, count), params(((0, 10), (20, 30)), 2)))
     assert selector.asked == []
 
