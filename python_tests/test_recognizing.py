@@ -122,3 +122,22 @@ def test_a_long_chat_takes_no_long_time():
     start = time.perf_counter()
     assert len(recognize(ids, tokenizer).messages) == 802
     assert time.perf_counter() - start < 5
+
+
+def test_answers_opened_without_a_thought_are_recognized():
+    tokenizer = chat_tokenizer(
+        TEMPLATES["chatml"].replace(
+            "assistant\n{% endif %}",
+            "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        )
+    )
+    for thinking in (True, False):
+        given = read_prompt([USER], tokenizer, {"enable_thinking": thinking})
+        found = recognize(given.input_ids, tokenizer)
+        assert [message["role"] for message in found.messages] == ["user"]
+        assert ("<think>" in found.text) is not thinking
+
+
+def test_a_template_that_writes_nothing_makes_no_chat_of_a_text():
+    tokenizer = chat_tokenizer("<bos>{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert recognize(read_prompt([USER], tokenizer).input_ids, tokenizer) is None

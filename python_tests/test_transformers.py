@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +264,16 @@ def test_errors_are_generates_own(enabled):
         assert str(found.value) == str(expected.value)
     with pytest.raises(TypeError, match="multiple values"):
         enabled.generate(prompt(), inputs=prompt())
+
+
+def test_a_batch_is_not_streamed(enabled):
+    """The text streamers refuse one; another may take it, and gets what generate gives."""
+    heard = []
+    streamer = SimpleNamespace(put=heard.append, end=lambda: None)
+    ids = torch.cat([prompt(), prompt(seed=2)])
+    sequences = enabled.generate(ids, max_new_tokens=3, streamer=streamer)
+    assert last_result(enabled).reason == "streamer: a batch, which is not streamed"
+    assert torch.equal(torch.stack(heard[1:], dim=1), sequences[:, PROMPT:])
 
 
 def test_a_short_prompt_runs_dense(base, speculator):
