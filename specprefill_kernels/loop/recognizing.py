@@ -39,11 +39,16 @@ def recognize(input_ids: Tensor, tokenizer: Any) -> Prompt | None:
     ids = input_ids[0].tolist()
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     wanted = input_ids.to("cpu", torch.int64)
-    for options in _OPTIONS:
-        for messages, opened in _readings(text, tokenizer, options):
-            found = _given_again(messages, tokenizer, {**options, **opened})
-            if found is not None and torch.equal(found.input_ids, wanted):
-                return found
+    readings = [
+        (messages, {**options, **ending})
+        for options in _OPTIONS
+        for messages, ending in _readings(text, tokenizer, options)
+    ]
+    # What a template writes to open an answer could also be an answer that is to go on: the former first.
+    for messages, given in sorted(readings, key=lambda reading: "continue_final_message" in reading[1]):
+        found = _given_again(messages, tokenizer, given)
+        if found is not None and torch.equal(found.input_ids, wanted):
+            return found
     return None
 
 
