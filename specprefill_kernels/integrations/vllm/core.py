@@ -44,7 +44,8 @@ def positional(original: Callable[..., Any]) -> Callable[..., Any]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         positions = positions_of(request)
         own = None if positions is None else positions.block_key(start_token_idx, end_token_idx)
-        return (keys if own is None else (*(keys or ()), ("specprefill", *own))), next_mm_idx
+        # (name, value), as all other keys: KV events publish the values.
+        return (keys if own is None else (*(keys or ()), ("specprefill", own))), next_mm_idx
 
     generate_block_hash_extra_keys.of_specprefill = True  # type: ignore[attr-defined]
     return generate_block_hash_extra_keys

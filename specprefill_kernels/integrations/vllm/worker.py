@@ -3,6 +3,7 @@
 vLLM has two model runners. Both write index-based positions into one buffer, compute from it where in the KV cache each
 token goes, and hand the same buffer to the model. The shifts are added in between: in `_preprocess` (V1), after
 `prepare_attn` (V2). The buffer stays the same one, so CUDA graphs read the right positions; nothing waits for the GPU.
+The second one's sampler reads the buffer too, where it counts tokens (`min_tokens`): it gets indices back.
 """
 
 from __future__ import annotations
@@ -73,13 +74,18 @@ def follow(runner: Any, scheduler_output: Any) -> None:
 # ---- the shifts ----
 
 
-def shift_rows(positions: torch.Tensor, requests: dict[str, Positions], rows: Iterable[tuple[str, int, int]]) -> None:
+def shift_rows(
+    positions: torch.Tensor, requests: dict[str, Positions], rows: Iterable[tuple[str, int, int]]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Turn indices into positions, in place.
 
     Args:
         positions: [tokens, or more] integers: each request's indices, one request after the other.
         requests: the pruned ones.
         rows: (request id, its first index, its tokens) in the order of `positions`.
+
+    Returns:
+        The part of `positions` that was changed, and what was added to it; None where nothing was.
     """
     start, parts = 0, []
     for request_id, first, count in rows:
@@ -87,7 +93,7 @@ def shift_rows(positions: torch.Tensor, requests: dict[str, Positions], rows: It
             parts.append((start, requests[request_id].shifts(first, count)))
         start += count
     if not parts:
-        return
+        return None
     if positions.dim() != 1 or positions.shape[0] < start:
         raise RuntimeError(f"positions: expected at least {start} in one dimension, got {list(positions.shape)}")
     low, high = parts[0][0], parts[-1][0] + parts[-1][1].size
@@ -97,7 +103,9 @@ def shift_rows(positions: torch.Tensor, requests: dict[str, Positions], rows: It
     moved = torch.from_numpy(shifts)
     if positions.is_cuda:
         moved = moved.pin_memory().to(positions.device, non_blocking=True)
-    positions[low:high] += moved.to(positions.dtype)
+    moved = moved.to(positions.dtype)
+    positions[low:high] += moved
+    return positions[low:high], moved
 
 
 def _install_v1(runner_class: Any) -> None:
@@ -127,6 +135,7 @@ def _install_v1(runner_class: Any) -> None:
 
 def _install_v2(runner_class: Any) -> None:
     finish_requests, prepare_attn = runner_class.finish_requests, runner_class.prepare_attn
+    sample = runner_class.sample
 
     @functools.wraps(finish_requests)
     def finish(self: Any, scheduler_output: Any) -> Any:
@@ -138,14 +147,23 @@ def _install_v2(runner_class: Any) -> None:
     def prepare(self: Any, input_batch: Any) -> Any:
         prepared = prepare_attn(self, input_batch)
         requests = tracked(self)
+        self.specprefill_shifted = None
         if requests:
             counts = input_batch.num_scheduled_tokens
             rows = (
                 (request_id, int(input_batch.num_computed_tokens_np[row]), int(counts[row]))
                 for row, request_id in enumerate(input_batch.req_ids)
             )
-            shift_rows(input_batch.positions, requests, rows)
+            self.specprefill_shifted = shift_rows(input_batch.positions, requests, rows)
         return prepared
 
-    runner_class.finish_requests, runner_class.prepare_attn = finish, prepare
-    runner_class.of_specprefill = (finish, prepare)
+    @functools.wraps(sample)
+    def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shifted, self.specprefill_shifted = getattr(self, "specprefill_shifted", None), None
+        if shifted is not None:
+            positions, shifts = shifted
+            positions -= shifts
+        return sample(self, *args, **kwargs)
+
+    runner_class.finish_requests, runner_class.prepare_attn, runner_class.sample = finish, prepare, sampled
+    runner_class.of_specprefill = (finish, prepare, sampled)
