@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -33,13 +34,26 @@ class Server:
     url: str
     log: Path
 
-    def metric(self, name: str) -> float:
-        """The sum of one of the server's counters or gauges over its labels."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of one of the server's counters or gauges, over those that have the label, as in 'reason="stop"'."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             text = answer.read().decode()
-        found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
+        found = re.findall(rf"^{re.escape(name)}(?:{{([^}}]*)}})? ([0-9.e+-]+)$", text, re.MULTILINE)
         assert found, f"no metric {name}"
-        return sum(map(float, found))
+        return sum(float(value) for labels, value in found if label in labels)
+
+    def answered(self) -> float:
+        """Requests whose answer ended by itself."""
+        name = "vllm:request_success_total"
+        return sum(self.metric(name, f'finished_reason="{reason}"') for reason in ("stop", "length"))
+
+    def events(self, path: str, body: dict[str, object]) -> list[str]:
+        """The data of the events of one stream, as they come over the wire."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            lines = answer.read().decode().splitlines()
+        return [line[6:] for line in lines if line.startswith("data: ")]
 
     def said(self, text: str, *, since: int = 0) -> bool:
         return text in self.log.read_text(errors="replace")[since:]
