@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 import transformers
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
+from vllm_engine import ENVIRONMENT
 
 from specprefill_kernels.integrations.vllm.frontend import FrontEnd
 from specprefill_kernels.integrations.vllm.reports import Reports
@@ -39,7 +40,8 @@ def offline(monkeypatch):
         "inspect_model_cls",
         lambda self: registry._ModelInfo.from_model_cls(self.load_model_cls()),
     )
-    for name, value in {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+    # The plugin reads its settings once in a process, perhaps here, and real engines may come later.
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
 
