@@ -85,6 +85,19 @@ def test_key_types(kind, dtype):
     same(state, dense_state(filled, queries, PAPER, key_scale=scales))
 
 
+@pytest.mark.parametrize("kind", ["like", "sglang"])
+def test_a_checkpoints_key_scales_count_in_fp8_alone(kind):
+    """SGLang gives layers their scales whatever the pool's dtype is, and divides only what it stores in fp8."""
+    scales = [0.5, 1.0, 8.0]
+    filled = fill(kind, dtype=torch.bfloat16)
+    queries = queries_for(filled)
+    state = sglang.score(pool_of(filled), queries, config=PAPER, key_scale=scales)
+    same(state, dense_state(filled, queries, PAPER))
+    assert not torch.equal(state, dense_state(filled, queries, PAPER, key_scale=scales))
+    with pytest.raises(ValueError, match="key_scale"):
+        sglang.score(pool_of(filled), queries, config=PAPER, key_scale=scales[:2])
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_options_reach_the_op(page_size):
     filled = fill(page_size=page_size)

@@ -73,7 +73,11 @@ class QueryRecorder:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `sglang.score` must know of these layers: scale, softcap, window, key_scale."""
+        """What `sglang.score` must know of these layers: scale, softcap, window, key_scale.
+
+        `key_scale` is what the checkpoint gave the layers, whatever the pool's dtype is; `sglang.score` applies it to
+        keys in fp8 alone, as SGLang divides no others by it.
+        """
         modules = list(self._modules.values())
         same = {}
         for name in ("scaling", "logit_cap"):

@@ -179,7 +179,8 @@ def score(
         window: keys that a sliding-window layer's row sees, itself included, one for each layer (None: all):
             `RadixAttention.sliding_window_size + 1` where that is not -1.
         lse: [B, N, Hq] fp32 per layer, if attention returned it.
-        key_scale: per layer, `RadixAttention.k_scale_float` of an fp8 pool. Default: 1.
+        key_scale: per layer, `RadixAttention.k_scale_float`. Default: 1. Only fp8 keys are multiplied by it: SGLang
+            stores keys divided by it in fp8, and undivided in the model's own dtype.
         state: one from before, for more layers. Default: a new one, of one row where that is enough (reduce="max",
             pool_order="before_max").
 
@@ -217,7 +218,7 @@ def score(
         softcap=softcap,
         window=window,
         lse=lse,
-        key_scale=key_scale,
+        key_scale=_scales_of_fp8(pool.keys, key_scale),
         pool_kernel_size=config.pool_kernel_size,
         pool_edge=config.pool_edge,
         pool_order=config.pool_order,
@@ -304,6 +305,12 @@ def _check_queries(pool: PoolKeys, queries: Sequence[Tensor]) -> None:
     if len(queries) != len(pool.keys):
         _checks.fail("queries_per_layer", f"{len(pool.keys)} tensors, one for each of pool.layers", len(queries))
     _checks.tensor("queries_per_layer[0]", queries[0], ndim=4, what="[B, N, Hq, D]")
+
+
+def _scales_of_fp8(keys: Sequence[Tensor], scales: Any) -> Any:
+    if not isinstance(scales, (list, tuple)) or len(scales) != len(keys):
+        return scales  # the op says what is wrong
+    return [one if key.dtype in _checks.FP8 else 1.0 for one, key in zip(scales, keys)]
 
 
 def _check_rows(rows: Tensor, seq_lens: Tensor, requests: int, max_len: int) -> None:
