@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from chat_templates import CHATML, LLAMA2, PARTS, TEMPLATES, kept_text, pieces, protect
@@ -10,7 +12,7 @@ from loop_models import config
 
 from specprefill_kernels.loop import Characters
 from specprefill_kernels.loop.prompts import read_prompt
-from specprefill_kernels.loop.protection import find_protection
+from specprefill_kernels.loop.protection import _occurrences, find_protection
 
 
 def test_a_callers_spans():
@@ -89,8 +91,26 @@ def test_a_prompt_of_ids_has_the_text_that_they_decode_to():
     tokenizer = tokenizer_with(CHATML)
     ids = read_prompt("zero one two one", tokenizer).input_ids
     found = find_protection(read_prompt(ids, tokenizer), ["one"], tokenizer, config())
-    assert found.spans == find_protection(read_prompt("zero one two one", tokenizer), ["one"], tokenizer, config()).spans
+    assert (
+        found.spans == find_protection(read_prompt("zero one two one", tokenizer), ["one"], tokenizer, config()).spans
+    )
     assert [tokenizer.decode(ids[0, start:end]).strip() for start, end in found.spans] == ["one", "one"]
+
+
+@pytest.mark.parametrize("passage", ["a", "ab", "aba", "aab", "aabaa", "abcab", "b", "aaaa", "abababab"])
+def test_all_occurrences_are_found_those_that_overlap_too(passage):
+    generator = random.Random(passage)
+    for _ in range(200):
+        text = "".join(generator.choice("aab") for _ in range(40)) + passage + "abcabcab"
+        starts = [start for start in range(len(text)) if text.startswith(passage, start)]
+        covered = {place for start in starts for place in range(start, start + len(passage))}
+        found = _occurrences(text, passage, "protect[0]")
+        assert {place for start, end in found for place in range(start, end)} == covered
+
+
+def test_a_passage_of_one_letter_costs_no_range_for_each():
+    assert _occurrences("a" * 100_000, "a" * 50_000, "protect[0]") == [(0, 100_000)]
+    assert _occurrences("a" * 100_000 + "b" + "a", "a", "protect[0]") == [(0, 100_000), (100_001, 100_002)]
 
 
 def test_characters_need_what_they_speak_of():

@@ -249,13 +249,25 @@ def tokens_of(ranges: Sequence[Span], spans: Tensor, length: int) -> Tensor:
 
 def _occurrences(text: str, passage: str, name: str) -> list[Span]:
     found: list[Span] = []
+    step = _least_step(passage) if passage else 0
     start = text.find(passage) if passage else -1
     while start >= 0:
-        found.append((start, start + len(passage)))
-        start = text.find(passage, start + 1)  # they may overlap
+        end = start + len(passage)
+        while text.startswith(passage[-step:], end):  # they may overlap: one range for all that do
+            end += step
+        found.append((start, end))
+        start = text.find(passage, end - len(passage) + 1)
     if not found:
         raise ValueError(f"{name}: expected a passage of the prompt's text, got {passage!r}")
     return found
+
+
+def _least_step(passage: str) -> int:
+    """How far apart two occurrences that overlap are at least."""
+    step = passage.find(passage[0], 1)
+    while step > 0 and not passage.startswith(passage[step:]):
+        step = passage.find(passage[0], step + 1)
+    return step if step > 0 else len(passage)
 
 
 def _characters(chat: _Chat, text: str, wanted: Characters, name: str) -> list[Span]:

@@ -214,12 +214,18 @@ def _forms(text: str) -> list[str]:
     return list(dict.fromkeys(forms))
 
 
+# Slots at both ends of a chat that are rendered one by one.
+_FIRST, _LAST = 16, 48
+
+
 def _one_by_one(text: str, source: _Source, words: Sequence[str]) -> TemplateText:
     regions: list[Region] = []
     lost: list[Slot] = []
     notes: list[str] = []
+    looked_for = {*source.slots[:_FIRST], *source.slots[-_LAST:]}
     for slot, word in zip(source.slots, words):
-        rendered = source.render({slot: word})
+        # Each costs a rendering of the whole chat. In the middle of a long one a slot is found by its text, or not.
+        rendered = source.render({slot: word}) if slot in looked_for else None
         if rendered is None:
             span = None
         elif word in rendered:
