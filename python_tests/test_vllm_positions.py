@@ -92,10 +92,10 @@ def test_the_hash_gets_the_blocks_positions_beside_its_own_keys():
     one = request({KEY: Positions(100, [(0, 20), (40, 60)]).to_wire()})
     one.plain = True
     assert hasher(one, 0, 16, 7) == (None, 8)  # as in an ordinary request
-    assert hasher(one, 16, 32, 7) == ((("specprefill", 4, 0, 12, 20),), 8)
-    assert hasher(one, 32, 48, 0) == ((("specprefill", 8, 20, 8, 60),), 1)  # 8 kept, then decoded ones
+    assert hasher(one, 16, 32, 7) == ((("specprefill", (4, 0, 12, 20)),), 8)
+    assert hasher(one, 32, 48, 0) == ((("specprefill", (8, 20, 8, 60)),), 1)  # 8 kept, then decoded ones
     one.plain = False
-    assert hasher(one, 16, 32, 7) == ((("lora", "a"), ("specprefill", 4, 0, 12, 20)), 8)
+    assert hasher(one, 16, 32, 7) == ((("lora", "a"), ("specprefill", (4, 0, 12, 20))), 8)
     other = request(None)
     other.plain = True
     assert hasher(other, 16, 32, 7) == (None, 8)

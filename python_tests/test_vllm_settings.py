@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import types
 
 import pytest
 
 from specprefill_kernels import SpecPrefillConfig
-from specprefill_kernels.integrations.vllm.reports import Reports, _with_report
+from specprefill_kernels.integrations.vllm.reports import Outcomes, _with_report
 from specprefill_kernels.integrations.vllm.selection import Chats, Outcome, _renamed
 from specprefill_kernels.integrations.vllm.settings import (
     BadRequest,
@@ -30,15 +31,18 @@ def test_an_empty_environment_prunes_nothing():
     settings = ServerSettings.from_environment({})
     assert (settings.speculator, settings.by_default, settings.any_version) == (None, False, False)
     assert settings.config == SpecPrefillConfig.preset("default")
+    assert settings.timeout == 120
 
 
 def test_the_environment_is_read(monkeypatch):
     monkeypatch.setenv("SPECPREFILL_VLLM_SPECULATOR", "smollm2-135m")
     monkeypatch.setenv("SPECPREFILL_VLLM_DEFAULT", "On")
     monkeypatch.setenv("SPECPREFILL_VLLM_DEVICE", "cuda:1")
+    monkeypatch.setenv("SPECPREFILL_VLLM_TIMEOUT", "2.5")
     monkeypatch.setenv("SPECPREFILL_VLLM_CONFIG", '{"preset": "paper", "keep_tokens": 64, "score_layers": [3, -1]}')
     settings = ServerSettings.from_environment()
     assert (settings.speculator, settings.by_default, settings.device) == ("smollm2-135m", True, "cuda:1")
+    assert settings.timeout == 2.5
     assert settings.config.budget == {"keep_tokens": 64}
     assert settings.config.score_layers == (3, -1)
     assert settings.config.protect == "none"  # the paper's
@@ -49,6 +53,9 @@ def test_the_environment_is_read(monkeypatch):
     [
         ("DEFAULT", "perhaps", "SPECPREFILL_VLLM_DEFAULT: expected on or off, got 'perhaps'"),
         ("ANY_VERSION", "2", "SPECPREFILL_VLLM_ANY_VERSION: expected on or off"),
+        ("TIMEOUT", "-1", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0, got '-1'"),
+        ("TIMEOUT", "soon", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0, got 'soon'"),
+        ("TIMEOUT", "nan", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0"),
         ("CONFIG", "keep_ratio=2", "SPECPREFILL_VLLM_CONFIG: expected a JSON object"),
         ("CONFIG", "[1]", "SPECPREFILL_VLLM_CONFIG: expected a JSON object"),
         ("CONFIG", '{"keep_ratio": 2}', "SPECPREFILL_VLLM_CONFIG: keep_ratio: expected"),
@@ -65,22 +72,31 @@ def test_a_wrong_variable_is_named(name, value, message):
 # ---- a request ----
 
 
-def test_a_request_that_says_nothing_says_nothing():
-    assert request_options(None) == request_options({}) == request_options({"other": 1}) == RequestOptions()
+@pytest.mark.parametrize("given", [None, {}, {"other": 1}, {"specprefill": None}])
+def test_a_request_that_says_nothing_follows_the_default(given):
+    assert request_options(given) is None
+    assert request_options(given, by_default=True) == RequestOptions()
 
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [(True, True), (1, True), ("on", True), (" TRUE ", True), (0, False), ("no", False), (None, None)],
+    [(True, True), (1, True), ("on", True), (" TRUE ", True), (0, False), ("no", False), (False, False)],
 )
-def test_words_for_yes_and_no(given, wanted):
-    assert request_options({"specprefill": given}).wanted is wanted
+@pytest.mark.parametrize("by_default", [True, False])
+def test_words_for_yes_and_no(given, wanted, by_default):
+    assert request_options({"specprefill": given}, by_default=by_default) == (RequestOptions() if wanted else None)
+
+
+def test_other_users_of_the_same_names_are_left_alone():
+    """`keep_ratio` and `protect` may mean something else to another plugin."""
+    assert request_options({"keep_ratio": "much", "protect": 3, "protect_spans": "?"}) is None
+    assert request_options({"specprefill": False, "keep_ratio": 7}, by_default=True) is None
 
 
 def test_a_request_names_a_budget_and_what_survives():
-    options = request_options({"keep_ratio": 1, "protect": "one", "protect_spans": [3, 5, 9, 12]})
-    assert options == RequestOptions(None, 1.0, ("one",), ((3, 5), (9, 12)))
-    assert request_options({"protect": ["a", "b"]}).passages == ("a", "b")
+    options = request_options({"specprefill": True, "keep_ratio": 1, "protect": "one", "protect_spans": [3, 5, 9, 12]})
+    assert options == RequestOptions(1.0, ("one",), ((3, 5), (9, 12)))
+    assert request_options({"protect": ["a", "b", "a"]}, by_default=True).passages == ("a", "b")
     config = SpecPrefillConfig(keep_ratio=None, keep_mass=0.5)
     assert options.budget(config).budget == {"keep_ratio": 1.0}
     assert RequestOptions().budget(config) is config
@@ -99,12 +115,25 @@ def test_a_request_names_a_budget_and_what_survives():
         ({"protect_spans": [1.0, 2]}, "protect_spans: expected token positions"),
         ({"protect_spans": "12"}, "protect_spans: expected token positions"),
         ({"specprefill_positions": None}, "specprefill_positions: expected no such argument from outside, got None"),
+        ({"protect": [str(i) for i in range(65)]}, "protect: expected at most 64 passages, got 65"),
+        ({"protect_spans": [1] * 2050}, "protect_spans: expected at most 1024 spans, got 1025"),
     ],
 )
 def test_a_wrong_argument_is_named(given, message):
     with pytest.raises(BadRequest) as caught:
-        request_options(given)
+        request_options({"specprefill": True, **given})
     assert str(caught.value).startswith(message)
+
+
+def test_a_long_wrong_argument_does_not_come_back_whole():
+    with pytest.raises(BadRequest) as caught:
+        request_options({"specprefill": True, "keep_ratio": ["x" * 1000] * 1000})
+    assert len(str(caught.value)) < 400
+
+
+def test_positions_from_outside_are_refused_whoever_asks():
+    with pytest.raises(BadRequest, match="specprefill_positions"):
+        request_options({"specprefill": False, "specprefill_positions": [9, 0, 5]})
 
 
 def test_errors_name_the_list_that_the_request_has():
@@ -160,6 +189,8 @@ def engine_config(model=None, parallel=(), cache=(), **changes):
         ({"text": {"attention_chunk_size": 512}}, "chunked attention of 512 tokens"),
         ({"rswa_window": 64}, "after the prompt of 64 tokens"),
         ({"text": {"index_topk": 2048}}, "indexer"),
+        ({"text": {"sparse_attention_config": {"topk": 16}}}, "indexer"),
+        ({"window": [128, None]}, "a sliding window of [128, None] tokens"),
     ],
 )
 def test_models_that_run_dense_have_a_reason(changes, reason):
@@ -185,6 +216,7 @@ def test_models_with_rotary_positions_are_pruned():
         ({"parallel": {"decode_context_parallel_size": 2}}, "context parallelism"),
         ({"parallel": {"use_ubatching": True}}, "dual batch overlap"),
         ({"cache": {"kv_sharing_fast_prefill": True}}, "fast prefill"),
+        ({"aux_output_config": types.SimpleNamespace(enable_return_routed_experts=True)}, "experts"),
     ],
 )
 def test_servers_that_run_dense_have_a_reason(changes, reason):
@@ -202,6 +234,7 @@ def test_versions():
 
 def engine_request(**changes):
     params = {"prompt_logprobs": None, "extra_args": None, "max_tokens": 9, "detokenize": True, "logprobs": None}
+    params["prompt_logprob_token_ids"] = None
     params |= {name: changes.pop(name) for name in list(changes) if name in params}
     fields = {
         "request_id": "7-abc",
@@ -224,6 +257,7 @@ def engine_request(**changes):
         ({"prompt_embeds": object()}, "a prompt of embeddings"),
         ({"prompt_token_ids": None}, "a prompt of embeddings"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"prompt_logprob_token_ids": [[1]]}, "prompt_logprob_token_ids asks for every prompt token"),
         ({"resumable": True}, "comes in pieces"),
         ({"external_req_id": "cmpl-1-beam-0"}, "beam search"),
         ({"max_tokens": 1, "detokenize": False, "logprobs": 4}, "beam search"),
@@ -246,25 +280,32 @@ def outcome(kept, mode="sparse"):
     return Outcome(mode, f"kept {kept}", 100, kept, ((0, kept),), {"score": 0.123456}, "cpu")
 
 
-def test_a_report_is_told_once_and_to_its_own_request():
-    reports = Reports()
-    reports.add("chatcmpl-1", outcome(20))
-    reports.add("cmpl-2-0", outcome(30))
-    reports.add("cmpl-2-1", Outcome.dense("too short", 9))
-    said = reports.take("chatcmpl-1")
-    assert said is not None
+def output(outcome=None):
+    return types.SimpleNamespace(**({} if outcome is None else {"specprefill": outcome}))
+
+
+def seen(*outputs):
+    """The report of a response after its requests' outputs."""
+    outcomes = Outcomes()
+
+    async def stream():
+        for one in outputs:
+            yield one
+
+    async def read():
+        return [one async for one in outcomes.seeing(stream())]
+
+    assert asyncio.run(read()) == list(outputs)
+    return outcomes.report()
+
+
+def test_a_response_reports_its_own_outputs():
+    assert seen(output(), output()) is None
+    said = seen(output(outcome(20)), output(outcome(20)))  # the pieces of one answer
     assert (said["mode"], said["kept_tokens"], said["seconds"]) == ("sparse", 20, {"score": 0.1235})
-    assert reports.take("chatcmpl-1") is None
-    reports.add("cmpl-2-x", outcome(50))  # a client may name its requests
-    reports.add("cmpl-2-1-0", outcome(50))
-    several = reports.take("cmpl-2")
-    assert several is not None
-    assert (several["mode"], several["prompt_tokens"], several["kept_tokens"]) == ("mixed", 109, 39)
-    assert [one["mode"] for one in several["prompts"]] == ["sparse", "dense"]
-    for beam in range(3):
-        reports.add(f"chatcmpl-3-{beam}f-beam-{beam}", Outcome.dense("beam search", 9))
-    assert reports.take("chatcmpl-3") == Outcome.dense("beam search", 9).to_json()
-    assert reports.take("chatcmpl-3") is None
+    said = seen((1, output(Outcome.dense("too short", 9))), (0, output(outcome(30))), (2, output()))
+    assert (said["mode"], said["prompt_tokens"], said["kept_tokens"]) == ("mixed", 109, 39)
+    assert [one["mode"] for one in said["prompts"]] == ["sparse", "dense"]
 
 
 def test_an_event_gets_its_report_and_keeps_the_rest():
@@ -279,10 +320,11 @@ def test_chats_are_found_by_text_or_ids_and_the_oldest_are_forgotten():
     chats = Chats()
     chats.remember("text", ["m"], {"o": 1})
     chats.remember([1, 2], ["n"], {})
-    assert chats.find("text", [9]) == (["m"], {"o": 1})
-    assert chats.find("other", [1, 2]) == chats.find(None, [1, 2]) == (["n"], {})
-    assert chats.find(None, [1]) is None
+    assert chats.take("text", [9]) == (["m"], {"o": 1})
+    assert chats.take("text", [9]) is None  # a request takes its chat with it
+    assert chats.take("other", [1, 2]) == (["n"], {})
+    assert chats.take(None, [1]) is None
     for index in range(300):
         chats.remember(str(index), [], {})
-    assert chats.find("text", []) is None
-    assert chats.find("299", []) is not None
+    assert chats.take("0", []) is None
+    assert chats.take("299", []) is not None

@@ -4,6 +4,7 @@
     support     whether an engine, and a request, can be pruned; if not, why
     selection   the speculator, in a thread of the server                      server process
     frontend    the request: whole towards the client, pruned towards the engine   "
+    handshake   whether the engine's processes have this plugin too             "
     reports     what became of it, in the response                              "
     positions   what travels with a pruned request
     core        prefix caching that knows positions                            scheduler's process
@@ -31,11 +32,10 @@ def register() -> None:
     from specprefill_kernels.integrations.vllm.settings import ServerSettings
 
     settings = ServerSettings.from_environment()
-    outcomes = reports.Reports()
     _install("prefix caching", core.install)
     _install("model runners", worker.install)
-    _install("responses", lambda: reports.install(outcomes))
-    _install("requests", lambda: frontend.install(settings, outcomes))
+    _install("responses", reports.install)
+    _install("requests", lambda: frontend.install(settings))
 
 
 def _install(what: str, install: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ ways, and rightly so.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,27 @@ def install() -> None:
         module = importlib.import_module(name)
         if getattr(module, _HASHER, None) is original:
             setattr(module, _HASHER, hasher)
+    EngineCore.preprocess_add_request = _checked(EngineCore.preprocess_add_request)
     EngineCore.specprefill_status = _status
+
+
+def _checked(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """The server's front end makes the positions; one without the plugin would let a client's own through."""
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        params = request.sampling_params
+        positions = None if params is None else from_arguments(params.extra_args)
+        if positions is not None:
+            limit = self.vllm_config.model_config.max_model_len
+            if positions.kept_tokens != len(request.prompt_token_ids or ()) or positions.prompt_tokens > limit:
+                raise ValueError(
+                    f"positions: expected those of {len(request.prompt_token_ids or ())} tokens within {limit}, got "
+                    f"{positions.kept_tokens} within {positions.prompt_tokens}"
+                )
+        return preprocess(self, request)
+
+    return preprocess_add_request
 
 
 def positional(original: Callable[..., Any]) -> Callable[..., Any]:

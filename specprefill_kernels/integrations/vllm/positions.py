@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# Beside the request's own extra arguments. Nobody outside may set it: see `options.request_options`.
+# Beside the request's own extra arguments. Nobody outside may set it: see `settings.request_options`.
 KEY = "specprefill_positions"
 
 

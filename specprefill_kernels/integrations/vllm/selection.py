@@ -81,10 +81,11 @@ class Chats:
             while len(self._chats) > _CHATS:
                 self._chats.popitem(last=False)
 
-    def find(self, text: str | None, ids: Sequence[int]) -> tuple[Sequence[Any], Mapping[str, Any]] | None:
+    def take(self, text: str | None, ids: Sequence[int]) -> tuple[Sequence[Any], Mapping[str, Any]] | None:
+        """The chat that this came from, which is forgotten with that."""
         with self._lock:
-            found = None if text is None else self._chats.get(_key(text))
-            return found or self._chats.get(_key(ids))
+            found = None if text is None else self._chats.pop(_key(text), None)
+            return found or self._chats.pop(_key(ids), None)
 
 
 def _key(rendered: str | Sequence[int]) -> Any:
@@ -112,16 +113,29 @@ class PromptSelector:
         self._settings = settings
         self._chats = chats
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._last: tuple[Sequence[int], RequestOptions, Future[Outcome]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specprefill")
         self._loaded: Future[None] = self._thread.submit(self._load)
         self.problem: str | None = None
 
-    def submit(self, ids: Sequence[int], text: str | None, options: RequestOptions) -> Future[Outcome]:
+    def submit(
+        self, ids: Sequence[int], text: str | None, options: RequestOptions, salt: str | None = None
+    ) -> Future[Outcome]:
         """Select in the speculator's thread; may be cancelled until its turn comes.
+
+        Args:
+            ids: the prompt's. The children of a request (n > 1) share one list: they get one selection.
+            text: what the ids came from, if known.
+            salt: `cache_salt`: nobody with another one learns that this selection is known already.
 
         The result raises BadRequest where `protect` names what the prompt has not.
         """
-        return self._thread.submit(self._select, ids, text, options)
+        known = self._last
+        if known is not None and known[0] is ids and known[1] == options and not known[2].cancelled():
+            return known[2]
+        selecting = self._thread.submit(self._select, ids, text, options, salt)
+        self._last = (ids, options, selecting)
+        return selecting
 
     def close(self) -> None:
         """Wait for nothing: what has not begun never will."""
@@ -153,11 +167,11 @@ class PromptSelector:
         self._bridge = None if same_tokens(self._tokenizer, tokenizer) else TokenBridge(self._tokenizer, tokenizer)
         self._speculator = Speculator(model, settings.config)
         self._cache = SelectionCache()
-        self._identity = lambda config: identity(model, config)
+        self._identity = lambda config, salt: identity(model, config, salt)
         logger.info("speculative prefill: %s on %s selects for this server", settings.speculator, device)
 
     @torch.inference_mode()
-    def _select(self, ids: Sequence[int], text: str | None, options: RequestOptions) -> Outcome:
+    def _select(self, ids: Sequence[int], text: str | None, options: RequestOptions, salt: str | None) -> Outcome:
         from specprefill_kernels.loop.clock import StageClock
         from specprefill_kernels.loop.protection import find_protection
         from specprefill_kernels.loop.selecting import Selector
@@ -175,7 +189,7 @@ class PromptSelector:
                 raise BadRequest(_renamed(str(error), len(options.passages))) from error
         selector = Selector(self._speculator, self._bridge, config, None, device)
         selection = self._cache.choose(
-            self._identity(config),
+            self._identity(config, salt),
             prompt,
             protection,
             clock,
@@ -199,7 +213,7 @@ class PromptSelector:
         from specprefill_kernels.loop.prompts import read_prompt
         from specprefill_kernels.loop.recognizing import recognize
 
-        chat = self._chats.find(text, ids)
+        chat = self._chats.take(text, ids)
         if chat is not None:
             try:
                 prompt = read_prompt(list(chat[0]), self._tokenizer, chat[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,12 @@ SPECULATOR = "SPECPREFILL_VLLM_SPECULATOR"
 DEFAULT = "SPECPREFILL_VLLM_DEFAULT"
 CONFIG = "SPECPREFILL_VLLM_CONFIG"
 DEVICE = "SPECPREFILL_VLLM_DEVICE"
+TIMEOUT = "SPECPREFILL_VLLM_TIMEOUT"
 ANY_VERSION = "SPECPREFILL_VLLM_ANY_VERSION"
+
+# What one request may ask to be looked for: more would keep others waiting.
+MOST_PASSAGES = 64
+MOST_SPANS = 1024
 
 _WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
@@ -29,7 +35,7 @@ class BadRequest(ValueError):
 
 
 def _bad(name: str, expected: str, got: Any) -> BadRequest:
-    return BadRequest(f"{name}: expected {expected}, got {got!r}")
+    return BadRequest(f"{name}: expected {expected}, got {reprlib.repr(got)}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class ServerSettings:
         by_default: SPECPREFILL_VLLM_DEFAULT: whether requests that say nothing are pruned; "off" if it is not set.
         config: SPECPREFILL_VLLM_CONFIG: a JSON object of `SpecPrefillConfig`'s fields, and "preset" ("default").
         device: SPECPREFILL_VLLM_DEVICE: the speculator's; "cuda" where there is one, else "cpu".
+        timeout: SPECPREFILL_VLLM_TIMEOUT: seconds after which a request that waits for its selection runs dense; 120.
         any_version: SPECPREFILL_VLLM_ANY_VERSION: try versions of vLLM that this was not tested with.
     """
 
@@ -49,6 +56,7 @@ class ServerSettings:
     by_default: bool = False
     config: SpecPrefillConfig = field(default_factory=lambda: SpecPrefillConfig.preset("default"))
     device: str | None = None
+    timeout: float = 120.0
     any_version: bool = False
 
     @classmethod
@@ -63,6 +71,7 @@ class ServerSettings:
             by_default=_switch(given, DEFAULT),
             config=_config(given.get(CONFIG)),
             device=given.get(DEVICE) or None,
+            timeout=_seconds(given.get(TIMEOUT)),
             any_version=_switch(given, ANY_VERSION),
         )
 
@@ -72,6 +81,18 @@ def _switch(given: Mapping[str, str], name: str) -> bool:
     if word and word not in _WORDS:
         raise BadSetting(f"{name}: expected on or off, got {given[name]!r}")
     return _WORDS.get(word, False)
+
+
+def _seconds(text: str | None) -> float:
+    if not text:
+        return 120.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise BadSetting(f"{TIMEOUT}: expected seconds above 0, got {text!r}")
+    return seconds
 
 
 def _config(text: str | None) -> SpecPrefillConfig:
@@ -97,13 +118,11 @@ class RequestOptions:
     """What one request asks for.
 
     Attributes:
-        wanted: `specprefill`: True or False; None: it says nothing, the server's default holds.
         keep_ratio: `keep_ratio`, instead of the server's budget.
         passages: strings of `protect`: passages of the prompt's text that survive, in all their occurrences.
         spans: (start, end) token positions of `protect_spans` that survive, end exclusive.
     """
 
-    wanted: bool | None = None
     keep_ratio: float | None = None
     passages: tuple[str, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
@@ -115,23 +134,29 @@ class RequestOptions:
         return config.replace(keep_ratio=self.keep_ratio, keep_tokens=None, keep_mass=None)
 
 
-def request_options(arguments: Mapping[str, Any] | None) -> RequestOptions:
+def request_options(arguments: Mapping[str, Any] | None, *, by_default: bool = False) -> RequestOptions | None:
     """Read a request's extra arguments (`SamplingParams.extra_args`, `vllm_xargs` over HTTP).
 
-    Over HTTP a value can only be text, a number, or a list of those; hence `protect_spans` = [start, end, start, ...].
+    `specprefill` says whether the prompt is to be pruned; where it says nothing, `by_default` does. The other names are
+    only read where it is, as they are not ours alone. Over HTTP a value can only be text, a number, or a list of those;
+    hence `protect_spans` = [start, end, start, ...].
+
+    Returns:
+        None where nothing is to be pruned.
 
     Raises:
-        BadRequest: one of ours is wrong. Others are left alone.
+        BadRequest: an argument is wrong, or one that only the server may give.
     """
-    if not arguments:
-        return RequestOptions()
-    if KEY in arguments:
-        raise _bad(KEY, "no such argument from outside", arguments[KEY])
+    given = arguments or {}
+    if KEY in given:
+        raise _bad(KEY, "no such argument from outside", given[KEY])
+    wanted = _wanted(given.get("specprefill"))
+    if not (by_default if wanted is None else wanted):
+        return None
     return RequestOptions(
-        wanted=_wanted(arguments.get("specprefill")),
-        keep_ratio=_keep_ratio(arguments.get("keep_ratio")),
-        passages=_passages(arguments.get("protect")),
-        spans=_spans(arguments.get("protect_spans")),
+        keep_ratio=_keep_ratio(given.get("keep_ratio")),
+        passages=_passages(given.get("protect")),
+        spans=_spans(given.get("protect_spans")),
     )
 
 
@@ -159,7 +184,9 @@ def _passages(value: Any) -> tuple[str, ...]:
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, (list, tuple)) or not all(isinstance(passage, str) and passage for passage in given):
         raise _bad("protect", "a passage of the prompt or a list of passages", value)
-    return tuple(given)
+    if len(given) > MOST_PASSAGES:
+        raise BadRequest(f"protect: expected at most {MOST_PASSAGES} passages, got {len(given)}")
+    return tuple(dict.fromkeys(given))
 
 
 def _spans(value: Any) -> tuple[tuple[int, int], ...]:
@@ -168,4 +195,6 @@ def _spans(value: Any) -> tuple[tuple[int, int], ...]:
     whole = isinstance(value, (list, tuple)) and all(type(edge) is int for edge in value)
     if not whole or len(value) % 2:
         raise _bad("protect_spans", "token positions [start, end, start, end, ...]", value)
+    if len(value) > 2 * MOST_SPANS:
+        raise BadRequest(f"protect_spans: expected at most {MOST_SPANS} spans, got {len(value) // 2}")
     return tuple(zip(value[0::2], value[1::2]))

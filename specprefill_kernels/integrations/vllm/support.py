@@ -46,9 +46,9 @@ def model_problem(model: Any) -> str | None:
         "a sliding window after the prompt": getattr(model, "rswa_window", None),
     }
     for what, width in windows.items():
-        if width is not None and width < model.max_model_len:
+        if width is not None and (not isinstance(width, int) or width < model.max_model_len):
             return f"{what} of {width} tokens, which would count kept tokens instead of positions"
-    if getattr(text, "index_topk", None) is not None:
+    if any(getattr(text, name, None) is not None for name in ("index_topk", "sparse_attention_config")):
         return "sparse attention whose indexer reads positions of its own"
     return None
 
@@ -76,6 +76,8 @@ def _serving_problem(config: Any) -> str | None:
         return "dual batch overlap"
     if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
         return "fast prefill with shared KV layers"
+    if getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False):
+        return "answers that name the experts of every prompt token"
     return None
 
 
@@ -88,12 +90,13 @@ def request_problem(request: Any) -> str | None:
         return "a multimodal prompt"
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         return "a prompt of embeddings"
-    if params.prompt_logprobs is not None:
-        return "prompt_logprobs asks for every prompt token"
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+        if getattr(params, name, None) is not None:
+            return f"{name} asks for every prompt token"
     if request.resumable:
         return "a prompt that comes in pieces"
     if _is_beam(request):
-        return "beam search, which sends a new prompt for every token"
+        return "the logprobs of a single token, as beam search asks for: it sends a new prompt for every token"
     arguments = params.extra_args or {}
     if arguments.get("kv_transfer_params") or arguments.get("ec_transfer_params"):
         return "a request that transfers its KV cache"

@@ -1,9 +1,10 @@
 """In the processes that run the model: pruned requests' positions go to the model, everything else counts indices.
 
 vLLM has two model runners. Both write index-based positions into one buffer, compute from it where in the KV cache each
-token goes, and hand the same buffer to the model. The shifts are added in between: in `_preprocess` (V1), after
-`prepare_attn` (V2). The buffer stays the same one, so CUDA graphs read the right positions; nothing waits for the GPU.
-The second one's sampler reads the buffer too, where it counts tokens (`min_tokens`): it gets indices back.
+token goes, build the attention's metadata, and hand the same buffer to the model. The shifts are added last: after
+`_preprocess` (V1), after the model state's `prepare_inputs` (V2). The buffer stays the same one, so CUDA graphs read
+the right positions; nothing waits for the GPU. The second one's sampler reads the buffer too, where it counts tokens
+(`min_tokens`): it gets indices back.
 """
 
 from __future__ import annotations
@@ -43,6 +44,26 @@ def _status(worker: Any) -> str | None:
         return f"the model runner {kind.__module__}.{kind.__qualname__} is not known"
     if getattr(runner, "uses_mrope", False) or getattr(runner, "uses_xdrope_dim", 0):
         return "positions of more than one dimension"
+    state = type(getattr(runner, "model_state", None))  # of V2 alone
+    if state.__name__ not in ("NoneType", "DefaultModelState"):
+        return f"the model state {state.__module__}.{state.__qualname__} is not known"
+    return _cache_problem(runner)
+
+
+def _cache_problem(runner: Any) -> str | None:
+    """Configurations call their windows by many names; the KV cache that was made for them tells for sure."""
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, RSWASpec, SlidingWindowSpec
+
+    known = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+    for group in runner.kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
+            if not isinstance(one, known) or isinstance(one, RSWASpec):
+                return f"a KV cache of another kind than full attention ({type(one).__name__})"
+            for name in ("sliding_window", "attention_chunk_size"):
+                width = getattr(one, name, None)
+                if width is not None and width < runner.max_model_len:
+                    return f"{name} of {width} tokens, which would count kept tokens instead of positions"
     return None
 
 
@@ -102,8 +123,8 @@ def shift_rows(
         shifts[offset - low : offset - low + part.size] = part
     moved = torch.from_numpy(shifts)
     if positions.is_cuda:
-        moved = moved.pin_memory().to(positions.device, non_blocking=True)
-    moved = moved.to(positions.dtype)
+        moved = moved.pin_memory()
+    moved = moved.to(positions.device, positions.dtype, non_blocking=positions.is_cuda)
     positions[low:high] += moved
     return positions[low:high], moved
 
@@ -146,15 +167,11 @@ def _install_v2(runner_class: Any) -> None:
     @functools.wraps(prepare_attn)
     def prepare(self: Any, input_batch: Any) -> Any:
         prepared = prepare_attn(self, input_batch)
-        requests = tracked(self)
         self.specprefill_shifted = None
-        if requests:
-            counts = input_batch.num_scheduled_tokens
-            rows = (
-                (request_id, int(input_batch.num_computed_tokens_np[row]), int(counts[row]))
-                for row, request_id in enumerate(input_batch.req_ids)
-            )
-            self.specprefill_shifted = shift_rows(input_batch.positions, requests, rows)
+        # Dummy batches do not come here, real ones do before their metadata is built.
+        self.specprefill_batch = input_batch if tracked(self) else None
+        if "prepare_inputs" not in vars(self.model_state):
+            self.model_state.prepare_inputs = _shifting(self, self.model_state.prepare_inputs)
         return prepared
 
     @functools.wraps(sample)
@@ -167,3 +184,22 @@ def _install_v2(runner_class: Any) -> None:
 
     runner_class.finish_requests, runner_class.prepare_attn, runner_class.sample = finish, prepare, sampled
     runner_class.of_specprefill = (finish, prepare, sampled)
+
+
+def _shifting(runner: Any, prepare_inputs: Any) -> Any:
+    @functools.wraps(prepare_inputs)
+    def shifting(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare_inputs(input_batch, *args, **kwargs)
+        waiting, runner.specprefill_batch = runner.specprefill_batch, None
+        if waiting is input_batch and waiting is not None:
+            if "positions" in inputs:
+                raise RuntimeError("positions: expected those of the batch, but the model state has its own")
+            counts = input_batch.num_scheduled_tokens
+            rows = (
+                (request_id, int(input_batch.num_computed_tokens_np[row]), int(counts[row]))
+                for row, request_id in enumerate(input_batch.req_ids)
+            )
+            runner.specprefill_shifted = shift_rows(input_batch.positions, tracked(runner), rows)
+        return inputs
+
+    return shifting
