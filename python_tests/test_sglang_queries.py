@@ -70,6 +70,7 @@ def forward_batch(mode: str, count: int, lengths: list[int] | None = None, *, on
         batch_size=count,
         extend_seq_lens=None if lengths is None else torch.tensor(lengths, dtype=torch.int32),
         extend_seq_lens_cpu=lengths if on_cpu else None,
+        seq_lens=torch.tensor(lengths or [9] * count),
     )
 
 
@@ -120,8 +121,17 @@ def test_what_cannot_be_kept_is_said():
             model.run(rows(3, 0), forward_batch("MIXED", 3))
         with pytest.raises(ValueError, match="got latent attention"):
             model.layers[0](rows(8, 0)[0], None, None, forward_batch("EXTEND", 2, [4, 4]), k_rope=1)
+        with pytest.raises(ValueError, match="softmax over keys alone, got attention sinks in layer 0"):
+            model.layers[0](rows(8, 0)[0], None, None, forward_batch("EXTEND", 2, [4, 4]), sinks=torch.zeros(HEADS))
+        model.layers[0](rows(8, 0)[0].flatten(1), None, None, forward_batch("EXTEND", 2, [4, 4]), sinks=None)
     with pytest.raises(ValueError, match=r"layers: expected layer ids of this model's RadixAttention, \[0, 1\], got"):
         QueryRecorder(model, layers=[1, 2])
+    shared = Model(LikeRadixAttention(0), LikeRadixAttention(1), LikeRadixAttention(1))
+    with pytest.raises(
+        ValueError, match="layer 1: expected one RadixAttention of this id, got 2, which share its keys"
+    ):
+        QueryRecorder(shared)
+    assert QueryRecorder(shared, layers=[0]).layers == (0,)
     with pytest.raises(ValueError, match=r"RadixAttention, \[\], got \[\]"):
         QueryRecorder(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
@@ -135,6 +145,26 @@ def test_what_cannot_be_kept_is_said():
             QueryRecorder(Model(LikeRadixAttention(0, **changes)))
 
 
+@pytest.mark.parametrize("queries", ["observation_window", "look_ahead"])
+def test_rows_of_an_earlier_chunk_are_not_scored(queries):
+    """The prompts' last chunk was replayed by a CUDA graph: no hook ran, and what is there are the rows before it."""
+    filled = fill(lengths=(30, 20), layers=2)
+    model, config = Model(LikeRadixAttention(0), LikeRadixAttention(1)), SpecPrefillConfig(queries=queries)
+    pool = sglang.pool_keys(filled.requests, filled.pool, filled.rows, filled.lengths)
+    with QueryRecorder(model, rows=4) as recorder:
+        model.run(rows(26, 0), forward_batch("EXTEND", 2, [16, 10]))
+        wanted = r"rows of these prompts' ends, \[30, 20\] tokens, got \[\[16, 10\], \[16, 10\]\]; the last prefill was"
+        with pytest.raises(ValueError, match=f"recorded_lens: expected {wanted} perhaps replayed"):
+            sglang.score(pool, recorder.queries, config=config, **recorder.options)
+        last = forward_batch("EXTEND", 2, [14, 10])
+        last.seq_lens = torch.tensor([30, 20])
+        model.run(rows(24, 0), last)
+        last.seq_lens += 1  # as decoding counts
+        sglang.score(pool, recorder.queries, config=config, **recorder.options)
+        with pytest.raises(ValueError, match=r"recorded_lens: .* got \[\[30\]\]"):
+            sglang.score(pool, recorder.queries, config=config, recorded_lens=torch.tensor([[30]]))
+
+
 def test_hooks_are_gone_after_an_error():
     model = Model(LikeRadixAttention(0))
     with pytest.raises(RuntimeError), QueryRecorder(model):
@@ -144,13 +174,20 @@ def test_hooks_are_gone_after_an_error():
 
 def test_options_of_the_layers():
     plain = QueryRecorder(Model(LikeRadixAttention(0), LikeRadixAttention(1))).options
-    assert plain == {"scale": DIM**-0.5, "softcap": None, "window": [None, None], "key_scale": None}
+    assert plain == {
+        "scale": DIM**-0.5,
+        "softcap": None,
+        "window": [None, None],
+        "key_scale": None,
+        "recorded_lens": None,
+    }
     more = Model(
         LikeRadixAttention(0, logit_cap=30.0, sliding_window_size=511),
         LikeRadixAttention(1, logit_cap=30.0, k_scale_float=0.5),
     )
     options = QueryRecorder(more).options
-    assert options == {"scale": DIM**-0.5, "softcap": 30.0, "window": [512, None], "key_scale": [1.0, 0.5]}
+    assert options == {"scale": DIM**-0.5, "softcap": 30.0, "window": [512, None], "key_scale": [1.0, 0.5],
+                       "recorded_lens": None}  # fmt: skip
     with pytest.raises(ValueError, match="layers: expected layers of one scaling"):
         _ = QueryRecorder(Model(LikeRadixAttention(0), LikeRadixAttention(1, scaling=1.0))).options
 

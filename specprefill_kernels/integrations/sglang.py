@@ -163,6 +163,7 @@ def score(
     window: int | Sequence[int | None] | None = None,
     lse: Sequence[Tensor] | None = None,
     key_scale: Sequence[float | Tensor] | None = None,
+    recorded_lens: Tensor | None = None,
     state: Tensor | None = None,
 ) -> Tensor:
     """Fold these layers' attention into a state, read from the pool in place.
@@ -181,6 +182,8 @@ def score(
         lse: [B, N, Hq] fp32 per layer, if attention returned it.
         key_scale: per layer, `RadixAttention.k_scale_float`. Default: 1. Only fp8 keys are multiplied by it: SGLang
             stores keys divided by it in fp8, and undivided in the model's own dtype.
+        recorded_lens: [layers, B] integers, from `QueryRecorder.options`: tokens of each request when its rows were
+            recorded. Compared with the pool's, which copies a bool from the device. Default: nothing is compared.
         state: one from before, for more layers. Default: a new one, of one row where that is enough (reduce="max",
             pool_order="before_max").
 
@@ -195,6 +198,10 @@ def score(
     if config.queries == "both":
         _checks.fail("config.queries", "'look_ahead' or 'observation_window'", "'both'")
     _check_queries(pool, queries_per_layer)
+    same = recorded_lens is None or recorded_lens.shape[-1:] == pool.seq_lens.shape
+    if recorded_lens is not None and not (same and bool((recorded_lens == pool.seq_lens).all())):
+        got = f"{recorded_lens.tolist()}; the last prefill was perhaps replayed by a CUDA graph"
+        _checks.fail("recorded_lens", f"rows of these prompts' ends, {pool.seq_lens.tolist()} tokens", got)
     rows = queries_per_layer[0].shape[1]
     if config.queries == "look_ahead" and config.normalize_over == "visible":
         needed = -(-(pool.max_len + rows - 1) // pool.page_size)
