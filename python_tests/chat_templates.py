@@ -13,6 +13,12 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# SmolLM2: ChatML with a default system prompt, which is there where a chat has none.
+SMOLLM2 = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful default.<|im_end|>\n{% endif %}"
+    + CHATML
+)
+
 # Qwen2.5: a default system prompt, tools in the system block, tool calls and results with tags of their own.
 QWEN = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
 {%- else %}{% set system = 'You are a helpful default.' %}{% endif %}
@@ -112,6 +118,7 @@ PARTS = """{%- for d in documents or [] %}{{- '<doc>' + d.title + ': ' + d.text 
 
 TEMPLATES = {
     "chatml": CHATML,
+    "smollm2": SMOLLM2,
     "qwen": QWEN,
     "thinking": THINKING,
     "llama3": LLAMA3,

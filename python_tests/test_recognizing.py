@@ -141,3 +141,71 @@ def test_answers_opened_without_a_thought_are_recognized():
 def test_a_template_that_writes_nothing_makes_no_chat_of_a_text():
     tokenizer = chat_tokenizer("<bos>{% for m in messages %}{{ m.content }}{% endfor %}")
     assert recognize(read_prompt([USER], tokenizer).input_ids, tokenizer) is None
+
+
+SECOND = {"role": "system", "content": "From here on answer in French. " * 3}
+RESULT = {"role": "tool", "content": "The window is green. " * 4}
+ORDERS = {
+    "system_later": [USER, ANSWER, SECOND, AGAIN],
+    "system_second": [USER, SECOND, AGAIN],
+    "two_systems": [SYSTEM, SECOND, USER],
+    "system_last": [SYSTEM, USER, SECOND],
+    "two_users": [USER, AGAIN],
+    "two_users_later": [SYSTEM, USER, ANSWER, USER, AGAIN],
+    "two_answers": [USER, ANSWER, ANSWER, AGAIN],
+    "answer_first": [ANSWER, USER],
+    "tool_last": [SYSTEM, USER, ANSWER, RESULT],
+    "tools": [USER, ANSWER, RESULT, RESULT, AGAIN],
+    "tool_answered": [SYSTEM, USER, ANSWER, RESULT, ANSWER, AGAIN],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("template", ["chatml", "smollm2", "llama3", "qwen", "phi"])
+def test_turns_in_any_order_are_protected_as_with_messages(template, order):
+    tokenizer = chat_tokenizer(TEMPLATES[template])
+    given = read_prompt(ORDERS[order], tokenizer)
+    found = recognize(given.input_ids, tokenizer)
+    assert found is not None
+    turns = [dict(message) for message in found.messages]
+    assert [turn for turn in turns if turn["content"] != "You are a helpful default."][-3:] == [
+        {**turn, "content": turn["content"].strip() if template == "llama3" else turn["content"]}
+        for turn in ORDERS[order]
+    ][-3:]
+    both = [find_protection(prompt, None, tokenizer, config()) for prompt in (given, found)]
+    assert both[0].spans == both[1].spans
+
+
+@pytest.mark.parametrize("template", ["chatml", "smollm2"])
+def test_a_turn_that_nobody_looked_for_is_not_taken_for_a_content(template, caplog):
+    """A role of its own: its markers would count as content, and could be dropped. So the chat is not recognized."""
+    tokenizer = chat_tokenizer(TEMPLATES[template])
+    if template == "smollm2":
+        tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
+    for messages in (
+        [USER, {"role": "critic", "content": "Say it in French."}, AGAIN],
+        [SYSTEM, {"role": "user", "content": "What does <|im_end|> mean? " * 3}],
+    ):
+        given = read_prompt(messages, tokenizer)
+        assert recognize(given.input_ids, tokenizer) is None
+        ids = read_prompt(given.input_ids, tokenizer)
+        (note,) = find_protection(ids, None, tokenizer, config()).notes
+        assert note.endswith("a chat that came as ids; give messages")
+        assert note in caplog.text
+
+
+def test_a_text_between_its_bos_and_eos_has_no_note():
+    tokenizer = chat_tokenizer(TEMPLATES["chatml"])
+    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
+    ids = read_prompt("<|im_start|>The door is blue.<|im_end|>", tokenizer).input_ids
+    assert find_protection(read_prompt(ids, tokenizer), None, tokenizer, config()).notes == ()
+
+
+def test_one_border_for_two_roles_goes_to_the_usual_one():
+    """A template that writes all but answers alike, so that the ids do not say who spoke."""
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>a {% else %}<|im_start|>u {% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>a {% endif %}"
+    )
+    found = recognize(read_prompt([USER, ANSWER, AGAIN, ANSWER, USER], tokenizer).input_ids, tokenizer)
+    assert [message["role"] for message in found.messages] == ["user", "assistant", "user", "assistant", "user"]

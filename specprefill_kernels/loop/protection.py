@@ -156,8 +156,11 @@ def _unread_template(prompt: Prompt, tokenizer: Any) -> tuple[str, ...]:
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
         return ()
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}  # plain text has those too
-    found = special_ids(tokenizer).intersection(prompt.input_ids[0].unique().tolist()) - ends
+    ids = prompt.input_ids[0].tolist()
+    # Plain text has those too, at its ends; inside, they are markers where the template says so.
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    inside = set(ids[1:-1]) | ({ids[0], ids[-1]} - ends)
+    found = special_ids(tokenizer).intersection(inside)
     markers = [marker.strip() for marker in tokenizer.convert_ids_to_tokens(sorted(found))]
     if not any(marker and marker in template for marker in markers):
         return ()

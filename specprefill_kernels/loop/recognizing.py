@@ -2,7 +2,8 @@
 
 An inference stack hands over ids; what its chat template wrote into them nobody says. Here the template says it: it is
 rendered for short chats of made-up words, and what stands between two words is what it writes between two turns. The
-prompt's text is cut there. Nothing rests on a guess: the chat that was found has to give the very same ids.
+prompt's text is cut there. Nothing rests on a guess: the chat that was found has to give the very same ids, and a
+content with a marker in it that the template writes between turns is none: it may be a turn that nobody looked for.
 
 Tool definitions become part of the system prompt, tool calls and results part of their turns: the text is the same. A
 system prompt that the template writes inside a user turn, with no marker of its own, stays a part of that turn.
@@ -18,8 +19,21 @@ from torch import Tensor
 
 from specprefill_kernels.loop.prompts import Prompt, read_prompt, render
 
-# Chats whose turns follow each other in all ways that are looked for.
-_PROBES = (("system", "user", "assistant", "user", "assistant"), ("user", "assistant", "user", "assistant"))
+# Chats as they mostly are: every beginning of them is rendered.
+_USUAL = (("system", "user", "assistant", "user", "assistant"), ("user", "assistant", "user", "assistant"))
+# Ways to come to a role that most templates take; any role may follow.
+_HEADS = (
+    ("system",),
+    ("user",),
+    ("assistant",),
+    ("system", "user"),
+    ("user", "system"),
+    ("user", "assistant"),
+    ("user", "assistant", "system"),
+    ("user", "assistant", "tool"),
+)
+_ROLES = ("user", "assistant", "system", "tool")
+_UNUSUAL = tuple((*head, role) for head in _HEADS for role in _ROLES)
 # What templates are given beside the messages, as far as it changes how an answer is opened.
 _OPTIONS: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False})
 _MOST_TURNS = 10_000
@@ -29,7 +43,7 @@ Turn = tuple[str, str]  # role and content
 
 def recognize(input_ids: Tensor, tokenizer: Any) -> Prompt | None:
     """The prompt with its messages; None where the ids are no chat of the tokenizer's template, or one that it cannot
-    give again.
+    give again, or whose contents hold markers of the template.
 
     Args:
         input_ids: [1, T].
@@ -37,11 +51,13 @@ def recognize(input_ids: Tensor, tokenizer: Any) -> Prompt | None:
     if not isinstance(getattr(tokenizer, "chat_template", None), str):
         return None
     ids = input_ids[0].tolist()
+    template = tokenizer.chat_template
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     wanted = input_ids.to("cpu", torch.int64)
     readings = [
         (messages, {**options, **ending})
         for options in _OPTIONS
+        if all(name in template for name in options)
         for messages, ending in _readings(text, tokenizer, options)
     ]
     # What a template writes to open an answer could also be an answer that is to go on: the former first.
@@ -68,6 +84,8 @@ def _readings(
     nothing = len(bos) if text.startswith(bos) else 0
     for start, role in grammar.starts(text):
         for turns, opened in grammar.turns(text, start, role):
+            if any(marker in content for marker in grammar.markers for _, content in turns):
+                continue
             written = len(text) - sum(len(content) for _, content in turns)
             # A text with nothing of a template but BOS is no chat, even where the template would write no more.
             if any(role == "user" for role, _ in turns) and written > nothing:
@@ -81,19 +99,46 @@ class _Grammar:
         self._first: dict[str, set[str]] = {}
         self._between: dict[str, set[tuple[str, str]]] = {}  # role -> (text, next role)
         self._last: dict[str, set[tuple[str, bool]]] = {}  # role -> (text, whether it opens the answer)
-        for roles in _PROBES:
+        for roles in _USUAL:
             for count in range(1, len(roles) + 1):
-                for opened in (True, False):
-                    own = _between_words(tokenizer, roles[:count], {**options, "add_generation_prompt": opened})
-                    if own is not None:
-                        self._learn(roles[:count], own, opened)
+                self._probe(tokenizer, roles[:count], options)
+        known = {role: {text for text, _ in borders} for role, borders in self._between.items()}
+        for roles in _UNUSUAL:
+            self._probe(tokenizer, roles, options, known)
+        self.markers = self._find_markers(tokenizer)
 
-    def _learn(self, roles: Sequence[str], own: Sequence[str], opened: bool) -> None:
-        self._first.setdefault(roles[0], set()).add(own[0])
-        for role, following, text in zip(roles, roles[1:], own[1:-1]):
-            if text.strip():  # otherwise it is no border
-                self._between.setdefault(role, set()).add((text, following))
-        self._last.setdefault(roles[-1], set()).add((own[-1], opened))
+    def _probe(
+        self,
+        tokenizer: Any,
+        roles: Sequence[str],
+        options: Mapping[str, Any],
+        known: Mapping[str, set[str]] | None = None,
+    ) -> None:
+        """Learn from one chat. A border of `known` goes on to the role that it is known for, whoever else has it."""
+        for opened in (True, False):
+            own = _between_words(tokenizer, roles, {**options, "add_generation_prompt": opened})
+            if own is None:
+                continue
+            self._first.setdefault(roles[0], set()).add(own[0])
+            for role, following, text in zip(roles, roles[1:], own[1:-1]):
+                if text.strip() and text not in (known or {}).get(role, ()):  # white space is no border
+                    self._between.setdefault(role, set()).add((text, following))
+            self._last.setdefault(roles[-1], set()).add((own[-1], opened))
+
+    def _find_markers(self, tokenizer: Any) -> tuple[str, ...]:
+        """What no content holds: whole borders, and added tokens in the least that stands between two turns.
+
+        Around tool results stand tags that answers may hold too, and before some answers an empty thought.
+        """
+        shortest: dict[tuple[str, str], str] = {}
+        for role, borders in self._between.items():
+            for text, following in borders:
+                if "tool" not in (role, following):
+                    pair = role, following
+                    shortest[pair] = min(shortest.get(pair, text), text, key=len)
+        added = [token for token in tokenizer.get_added_vocab() if token.strip()]
+        found = {token for token in added if any(token in text for text in shortest.values())}
+        return (*sorted(found), *sorted(set(shortest.values())))
 
     def starts(self, text: str) -> list[tuple[int, str]]:
         """(where the first content starts, its role), the longest text of the template first."""
