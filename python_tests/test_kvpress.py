@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from grid import same
 
 pytest.importorskip("kvpress", reason="kvpress is not installed (run.py kvpress tests it)")
@@ -224,6 +225,32 @@ def test_layers_whose_queries_are_unknown_are_refused():
     attention_layers(model)[0].q_norm = torch.nn.Identity()
     with pytest.raises(ValueError, match="got LlamaAttention with q_norm"):
         scores(Press(0.5), model, ids)
+
+
+def other_model(family):
+    """A model whose queries are not always the rotated projection."""
+    small = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}  # fmt: skip
+    config = {
+        "smollm3": lambda: transformers.SmolLM3Config(**small, no_rope_layers=[1, 0, 1, 0]),
+        "cohere2": lambda: transformers.Cohere2Config(
+            **small, sliding_window=24, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+        "olmo": lambda: transformers.OlmoConfig(**small, clip_qkv=0.01),
+    }[family]()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2", "olmo"])
+def test_models_that_leave_out_the_rotation_or_clip_are_refused(family):
+    model = other_model(family)
+    name = type(attention_layers(model)[0]).__name__
+    with pytest.raises(
+        ValueError, match=f"model: expected an attention layer whose queries .* `importance`, got {name}"
+    ):
+        scores(Press(0.5), model, prompt())
+    _, cache = scores(Press(0.5, importance=torch.rand(PROMPT)), model, prompt())
+    assert cache.get_seq_length() == PROMPT // 2
 
 
 def test_in_kvpress_own_pipeline():

@@ -27,6 +27,9 @@ __all__ = ["SpeculativePrefillPress"]
 
 MAX_TOKENS = 2**24  # ranks are fp32 integers
 NORMED = ("Gemma3Attention", "Qwen3Attention")  # whose query norm kvpress applies
+# Layers whose queries are known to be the projection, that norm, and the rotation. Others may leave out the rotation in
+# some layers (SmolLM3, Cohere 2), clip (OLMo) or scale by position, and nothing in a module says so.
+LAYERS = (*NORMED, "LlamaAttention", "MistralAttention", "Phi3Attention", "Qwen2Attention")
 
 
 @dataclass
@@ -184,13 +187,14 @@ def _given(importance: Tensor, batch: int, tokens: int, device: torch.device) ->
 def _queries(module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """[B, Hq, rows, D]: queries of the last rows as the layer's attention had them, by the model's own rotation."""
     name = type(module).__name__
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if name not in LAYERS or rotate is None:
+        known = "an attention layer whose queries are known to be those of the model"
+        _checks.fail("model", f"{known} ({', '.join(sorted(LAYERS))}), or `importance`", name)
     if hasattr(module, "q_norm") and name not in NORMED:
         raise ValueError(
             f"model: expected an attention layer whose queries kvpress can compute, got {name} with q_norm"
         )
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise ValueError(f"model: expected an attention layer with rotary embeddings, got {name}")
     query = get_prerope_query_states(module, hidden_states)
     cos, sin = (angles[:, -hidden_states.shape[1] :] for angles in position_embeddings)
     rotated: Tensor = rotate(query, query[:, :1], cos, sin)[0]
