@@ -150,6 +150,17 @@ def test_protected_tokens_come_first(chunk_size):
     press = Press(0.5, chunk_size=chunk_size, sink=3, tail=2, importance=given)
     assert set(order(press, 16)[:5]) == {0, 1, 2, 14, 15}
     same(given, torch.arange(16.0))
+    for large in (2.0**24, 1e30, torch.finfo(torch.float32).max):  # to which nothing adds 1
+        given = torch.zeros(16)
+        given[5:7] = given[8:] = large
+        assert set(order(Press(0.5, chunk_size=chunk_size, sink=3, tail=2, importance=given), 16)[:5]) == {
+            0,
+            1,
+            2,
+            14,
+            15,
+        }
+    given = torch.arange(16.0)
     with pytest.raises(ValueError, match="sink \\+ tail: expected at most 8, the entries kept of 16, got 9"):
         order(Press(0.5, sink=7, tail=2, importance=given), 16)
 

@@ -163,7 +163,8 @@ class SpeculativePrefillPress(ScorerPress):
             return importance
         if self.sink or self.tail:
             importance = importance.clone()
-            first = importance.amax(-1, keepdim=True) + 1
+            best = importance.amax(-1, keepdim=True)
+            first = torch.nextafter(best + 1, best.new_tensor(torch.inf))  # more than the best, if 1 is lost in it, too
             importance[..., : self.sink] = first
             importance[..., tokens - self.tail :] = first
         if size == 1:
@@ -189,8 +190,10 @@ def _queries(module: nn.Module, hidden_states: Tensor, position_embeddings: tupl
     name = type(module).__name__
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if name not in LAYERS or rotate is None:
-        known = "an attention layer whose queries are known to be those of the model"
-        _checks.fail("model", f"{known} ({', '.join(sorted(LAYERS))}), or `importance`", name)
+        raise ValueError(
+            f"model: expected an attention layer whose queries are known to be those of the model "
+            f"({', '.join(sorted(LAYERS))}), or `importance`, got {name}"
+        )
     if hasattr(module, "q_norm") and name not in NORMED:
         raise ValueError(
             f"model: expected an attention layer whose queries kvpress can compute, got {name} with q_norm"
