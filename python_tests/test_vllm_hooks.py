@@ -17,9 +17,11 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256, sha256_cbor
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from specprefill_kernels.integrations.vllm import core, worker
 from specprefill_kernels.integrations.vllm.positions import KEY, Positions
@@ -163,9 +165,11 @@ class Runner:
             "model": SimpleNamespace(compute_logits=lambda hidden: hidden),
             "sampler": self._sampler,
             "_remove_request": self.removed.append,
+            "model_state": object.__new__(DefaultModelState),
         }
         for name, value in own.items():
             setattr(self.runner, name, value)
+        self.runner.model_state.rope_state = None
 
     def _sampler(self, logits, batch):
         self.counted = batch.positions[batch.logits_indices].tolist()
@@ -198,6 +202,8 @@ class Runner:
         )
         self.runner.prepare_attn(batch)
         assert self.tables.indices == indices + [0] * padding
+        assert batch.positions.tolist() == indices + [0] * padding  # as the attention's metadata has them
+        assert self.runner.model_state.prepare_inputs(batch, None) == {}
         # What CUDA graphs read, and what is handed to the model.
         seen = self.buffers.positions[: len(indices) + padding].tolist()
         assert batch.positions.tolist() == seen
@@ -228,6 +234,75 @@ def test_the_second_runner_emulated_reads_positions_and_counts_indices():
     assert worker.tracked(runs.runner) == {}
 
 
+def full(**windows):
+    return FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32, **windows)
+
+
+def sliding(width):
+    return SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=width)
+
+
+def with_cache(kind, *specs):
+    """A runner that was never constructed, with the KV cache of layers of these kinds."""
+    runner = object.__new__(kind)
+    runner.max_model_len = 1024
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    runner.kv_cache_config = SimpleNamespace(kv_cache_groups=groups)
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("specs", "problem"),
+    [
+        ([full()], None),
+        ([full(), full(sliding_window=1024)], None),
+        ([full(), sliding(1024)], None),
+        ([full(), sliding(512)], "sliding_window of 512 tokens"),
+        ([full(sliding_window=128)], "sliding_window of 128 tokens"),
+        ([full(attention_chunk_size=128)], "attention_chunk_size of 128 tokens"),
+        ([SimpleNamespace(kv_cache_specs={"a": full(), "b": full(sliding_window=8)})], "sliding_window of 8 tokens"),
+        (
+            [full(), MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,))],
+            "a KV cache of another kind than full attention (MambaSpec)",
+        ),
+    ],
+)
+def test_the_cache_tells_of_windows_whatever_the_configuration_calls_them(specs, problem):
+    found = worker._status(SimpleNamespace(model_runner=with_cache(GPUModelRunner, *specs)))
+    assert found is None if problem is None else problem in found
+
+
+def test_a_model_state_of_another_kind_is_not_trusted():
+    class Other(DefaultModelState):
+        pass
+
+    runner = with_cache(GPUModelRunner, full())
+    runner.model_state = object.__new__(DefaultModelState)
+    assert worker._status(SimpleNamespace(model_runner=runner)) is None
+    runner.model_state = object.__new__(Other)
+    assert "Other is not known" in worker._status(SimpleNamespace(model_runner=runner))
+
+
+def test_an_engine_refuses_positions_that_no_server_made():
+    """A front end without the plugin would let a client's own through."""
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=64)))
+    seen = []
+    preprocess = core._checked(lambda self, request: seen.append(request))
+
+    def given(wire, ids):
+        params = SimpleNamespace(extra_args=None if wire is None else {KEY: wire})
+        return SimpleNamespace(sampling_params=params, prompt_token_ids=ids)
+
+    for wire, ids in (([64, 0, 3], [1, 2, 3]), (None, [1, 2])):
+        preprocess(engine, given(wire, ids))
+    preprocess(engine, SimpleNamespace(sampling_params=None, prompt_token_ids=[1]))
+    assert len(seen) == 3
+    for wire, ids in (([64, 0, 3], [1, 2]), ([65, 0, 3], [1, 2, 3]), ([64, 0, 3], None)):
+        with pytest.raises(ValueError, match="positions: expected those of"):
+            preprocess(engine, given(wire, ids))
+    assert len(seen) == 3
+
+
 def test_both_runners_have_what_the_hooks_wrap():
     """Names and arguments of the version that is installed, and the order that the second runner's hooks rely on."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -239,7 +314,7 @@ def test_both_runners_have_what_the_hooks_wrap():
         assert tuple(method.__name__ for method in kind.of_specprefill) == names
         assert all(getattr(kind, name) is method for name, method in zip(names, kind.of_specprefill))
         assert all(hasattr(method, "__wrapped__") for method in kind.of_specprefill)
-        assert worker._status(SimpleNamespace(model_runner=object.__new__(kind))) is None
+        assert worker._status(SimpleNamespace(model_runner=with_cache(kind, full()))) is None
     arguments = {name: list(inspect.signature(getattr(GPUModelRunner, name)).parameters) for name in names}
     assert arguments == {
         "finish_requests": ["self", "scheduler_output"],
@@ -251,7 +326,9 @@ def test_both_runners_have_what_the_hooks_wrap():
         "self.add_requests(scheduler_output)",
         "input_batch = self.prepare_inputs(",
         "self.prepare_attn(input_batch)",
+        "attn_metadata = self.model_state.prepare_attn(",
         '"positions": input_batch.positions',
+        "**self.model_state.prepare_inputs(input_batch, self.req_states)",
     ]
     text = inspect.getsource(GPUModelRunner.execute_model)
     places = [text.index(step) for step in steps]
@@ -268,7 +345,7 @@ def test_a_runner_with_methods_of_its_own_is_not_trusted():
     assert problem is not None
     assert problem.endswith("Other is not known")
     assert "is not known" in worker._status(SimpleNamespace(model_runner=object()))
-    several = object.__new__(GPUModelRunner)
+    several = with_cache(GPUModelRunner, full())
     several.uses_mrope = True
     assert worker._status(SimpleNamespace(model_runner=several)) == "positions of more than one dimension"
 

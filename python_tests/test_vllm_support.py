@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from types import SimpleNamespace
-
 import pytest
 
 pytest.importorskip("vllm")
@@ -14,10 +11,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm_engine import ENVIRONMENT
 
-from specprefill_kernels.integrations.vllm.frontend import FrontEnd
-from specprefill_kernels.integrations.vllm.reports import Reports
-from specprefill_kernels.integrations.vllm.selection import Chats
-from specprefill_kernels.integrations.vllm.settings import SPECULATOR, ServerSettings
 from specprefill_kernels.integrations.vllm.support import engine_problem
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,87 +102,3 @@ def test_versions(tmp_path, version, tested):
     problem = engine_problem(config, version)
     assert problem is None if tested else (version in problem and "SPECPREFILL_VLLM_ANY_VERSION=1" in problem)
     assert engine_problem(config, version, any_version=True) is None
-
-
-# ---- a front end, between a client and an engine that are stand-ins ----
-
-
-class Client:
-    """An engine's client that notes what comes, with both ways in, as vLLM's have them."""
-
-    def __init__(self):
-        self.requests = []
-
-    def add_request(self, request):
-        self.requests.append(request)
-
-    async def add_request_async(self, request):
-        self.requests.append(request)
-
-
-class Sync:
-    def __init__(self, config, tokenizer=None):
-        self.vllm_config, self.engine_core = config, Client()
-        self.renderer = SimpleNamespace(tokenizer=tokenizer)
-        self.output_processor = SimpleNamespace(request_states={"one": SimpleNamespace(prompt=None)})
-
-    def add_request(self):
-        """As LLMEngine's."""
-
-
-class Async(Sync):
-    async def add_request(self):
-        """As AsyncLLM's."""
-
-
-def request(**options):
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    return EngineCoreRequest(
-        request_id="one",
-        external_req_id="one",
-        prompt_token_ids=list(range(40)),
-        mm_features=None,
-        sampling_params=SamplingParams(extra_args={"specprefill": True}, **options),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-
-
-@pytest.mark.parametrize("kind", [Sync, Async])
-@pytest.mark.parametrize(
-    ("environment", "fields", "reason"),
-    [
-        ({}, {}, "no speculator: SPECPREFILL_VLLM_SPECULATOR names one"),
-        ({SPECULATOR: "x"}, {"sliding_window": 64}, "a sliding window of 64"),
-        ({SPECULATOR: "x"}, {}, "no tokenizer in the server"),
-    ],
-)
-def test_a_server_that_cannot_prune_says_why_for_each_request(tmp_path, kind, environment, fields, reason):
-    kinds = ("MistralForCausalLM", "MistralConfig") if fields else ("LlamaForCausalLM", "LlamaConfig")
-    engine = kind(vllm_config(tmp_path, *kinds, {**SMALL, **fields}))
-    front = FrontEnd(engine, ServerSettings.from_environment(environment), Chats(), Reports())
-    one = request()
-    if kind is Async:
-        asyncio.run(engine.engine_core.add_request_async(one))
-    else:
-        engine.engine_core.add_request(one)
-    front.close()
-    assert engine.engine_core.requests == [one]
-    outcome = engine.output_processor.request_states["one"].specprefill
-    assert (outcome.mode, outcome.prompt_tokens, outcome.kept_tokens) == ("dense", 40, 40)
-    assert outcome.reason.startswith(reason)
-
-
-def test_an_unknown_version_runs_dense(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.33.0")
-    engine = Sync(llama(tmp_path))
-    FrontEnd(engine, ServerSettings.from_environment({SPECULATOR: "x"}), Chats(), Reports())
-    engine.engine_core.add_request(request())
-    assert "vLLM 0.33.0 is not one of the tested versions" in (
-        engine.output_processor.request_states["one"].specprefill.reason
-    )

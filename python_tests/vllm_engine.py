@@ -56,7 +56,7 @@ class Chosen:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def submit(self, ids: Sequence[int], text: str | None, options: Any) -> Future[Outcome]:
+    def submit(self, ids: Sequence[int], text: str | None, options: Any, salt: str | None = None) -> Future[Outcome]:
         self.asked.append(list(ids))
         future: Future[Outcome] = Future()
         future.set_result(Outcome("sparse", "chosen by a test", len(ids), kept(options.spans), options.spans))
