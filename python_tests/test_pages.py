@@ -66,6 +66,27 @@ def test_headings_that_are_not_there_once_are_refused(page):
             pages.blocks(page, heading, "python")
 
 
+# Section of docs/integrations.md -> the languages of its blocks, each of which the named file runs.
+RUN = {
+    "## vLLM": (["sh", "python"], "test_vllm_server.py"),
+    "## SGLang": (["python"], "test_sglang_queries.py"),
+    "## Transformers": (["python"], "test_transformers_calls.py"),
+    "## kvpress": (["python", "python"], "test_kvpress_page.py"),
+    "## C and C++": (["sh", "cmake", "c", "sh"], "test_c_package.py"),
+    "## Hugging Face kernels": (["sh", "python"], "test_hf_kernel.py"),
+}
+
+
+def test_every_block_of_the_integrations_is_one_that_a_test_runs():
+    page = "docs/integrations.md"
+    for heading, (languages, file) in RUN.items():
+        assert pages.languages(page, heading) == languages, f"{heading}: a new block wants a test in {file}"
+        text = (pages.ROOT / "python_tests" / file).read_text(encoding="utf-8")
+        assert heading.removeprefix("## ") in text
+        assert "blocks(" in text
+    assert pages.languages(page) == [one for languages, _ in RUN.values() for one in languages]  # none outside of them
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/integrations.md", "docs/quality.md", "docs/sparse-attention.md"])
 def test_every_fence_of_a_page_belongs_to_a_block(name):
     fences = [line for line in pages.text_of(name).splitlines() if line.startswith("```")]
