@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specprefill_kernels.config import SpecPrefillConfig
@@ -266,6 +266,8 @@ class _Generate:
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """A call's arguments by name; None where they do not fit `generate`."""
     signature = inspect.signature(type(model).generate)
+    if [parameter.kind for parameter in signature.parameters.values()][1:2] == [inspect.Parameter.VAR_POSITIONAL]:
+        signature = inspect.signature(GenerationMixin.generate)  # a class that passes on what it gets, by place
     try:
         arguments = dict(signature.bind(model, *args, **kwargs).arguments)
     except TypeError:

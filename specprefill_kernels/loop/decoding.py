@@ -1,5 +1,7 @@
 """Choosing tokens as `model.generate` would: its logits processors, sampling and stopping, around any forward."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,16 +50,21 @@ def prepare(model: Any, arguments: Mapping[str, Any], generate: Callable[..., An
         generate: the function to ask; None: `model.generate`.
 
     Returns:
-        None where a `generate` of the model's own does not get so far.
+        None where a `generate` of the model's own does not get so far, or does something with what was decoded.
 
     Raises:
         ValueError: as `generate` itself, for example for an option that it does not know.
     """
+    inquiry, result = _ask(model, arguments, generate)
+    return inquiry.found if inquiry.untouched(result) else None
+
+
+def _ask(model: Any, arguments: Mapping[str, Any], generate: Callable[..., Any] | None) -> tuple[Inquiry, Any]:
+    """What `generate` had ready, and what it made of an answer without new tokens."""
     arguments = dict(arguments)
     arguments["stopping_criteria"] = _with_stop_strings(model, arguments)
     inquiry = Inquiry()
-    (model.generate if generate is None else generate)(**arguments, custom_generate=inquiry)
-    return inquiry.found
+    return inquiry, (model.generate if generate is None else generate)(**arguments, custom_generate=inquiry)
 
 
 class Inquiry:
@@ -65,6 +72,8 @@ class Inquiry:
 
     def __init__(self) -> None:
         self.found: Prepared | None = None
+        self._answer: Tensor | None = None
+        self._calls = 0
 
     def __call__(
         self,
@@ -76,7 +85,16 @@ class Inquiry:
         **model_inputs: Any,
     ) -> Tensor:
         self.found = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
-        return input_ids
+        self._answer = input_ids.clone()  # whoever writes into an answer shall not write into a prompt
+        self._calls += 1
+        return self._answer
+
+    def untouched(self, result: Any) -> bool:
+        """Whether `generate` asked once, and gave what it got as its result."""
+        found, answer = self.found, self._answer
+        if found is None or answer is None or self._calls != 1:
+            return False
+        return result is answer and torch.equal(answer, found.input_ids)
 
 
 def _with_stop_strings(model: Any, arguments: dict[str, Any]) -> StoppingCriteriaList:
@@ -114,7 +132,8 @@ def plan_decoding(
     # Without a mask, generate would take pad ids inside the prompt for padding.
     options.setdefault("attention_mask", torch.ones_like(input_ids))
     arguments = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "tokenizer": tokenizer, **options}
-    prepared = prepare(model, {"inputs": input_ids, **arguments})
+    # What a generate of the model's own does with a result does not matter: the answer is the loop's.
+    prepared = _ask(model, {"inputs": input_ids, **arguments}, None)[0].found
     if prepared is None:
         raise ValueError(f"base: expected a model with Transformers' own generate, got {type(model).__name__}")
     config = prepared.config

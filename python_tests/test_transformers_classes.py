@@ -1,0 +1,74 @@
+"""Model classes and processes with a `generate` that does more than Transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from generating import NEW, base_model, ordinary
+from loop_models import PROMPT, build, config, prompt
+
+from specprefill_kernels.integrations.transformers import enable, last_result
+from specprefill_kernels.loop import SpecPrefill
+
+
+@pytest.fixture(scope="module")
+def speculator():
+    return build("llama", seed=3)
+
+
+def of_class(generate):
+    """The base, as one of a class with this `generate`; `super` is the class that it has by itself."""
+    model = base_model()
+    above = type(model)
+    model.__class__ = type("Own", (above,), {"generate": generate, "above": above, "__module__": above.__module__})
+    return model
+
+
+def cut(self, *args, **kwargs):
+    return self.above.generate(self, *args, **kwargs)[:, PROMPT:]
+
+
+def twice(self, inputs, **kwargs):
+    first = self.above.generate(self, inputs, **kwargs)
+    return self.above.generate(self, first, **kwargs)
+
+
+def written_into(self, *args, **kwargs):
+    answer = self.above.generate(self, *args, **kwargs)
+    answer[:, 0] = 7
+    return answer
+
+
+@pytest.mark.parametrize("generate", [cut, twice, written_into])
+def test_a_class_that_changes_the_result_runs_dense(generate, speculator):
+    model, ids = of_class(generate), prompt()
+    expected = ordinary(model, ids.clone(), max_new_tokens=NEW)
+    enable(model, speculator, config())
+    assert torch.equal(model.generate(ids, max_new_tokens=NEW), expected)
+    assert last_result(model).reason == "Own has a generate of its own"
+    assert torch.equal(ids, prompt())
+
+
+def test_an_instance_that_changes_the_result_runs_dense(speculator):
+    model = base_model()
+    model.generate = lambda *args, **kwargs: type(model).generate(model, *args, **kwargs)[:, PROMPT:]
+    enable(model, speculator, config())
+    assert model.generate(prompt(), max_new_tokens=NEW).shape[1] <= NEW
+    assert last_result(model).reason == "LlamaForCausalLM has a generate of its own"
+
+
+def test_the_loop_takes_such_a_class(speculator):
+    """Its answer goes nowhere near the class's `generate`."""
+    found = [SpecPrefill(base, speculator, config()).generate(prompt(), NEW) for base in (base_model(), of_class(cut))]
+    assert found[0].tokens == found[1].tokens
+
+
+def passed_on(self, *args, **kwargs):
+    return self.above.generate(self, *args, **kwargs)
+
+
+def test_a_class_that_passes_the_result_on_is_sparse(speculator):
+    model = of_class(passed_on)
+    enable(model, speculator, config())
+    model.generate(prompt(), max_new_tokens=NEW)
+    assert last_result(model).mode == "sparse"
