@@ -216,8 +216,8 @@ FIELDS = (
 def test_every_reason_is_found(enabled):
     """Those too for which an ordinary call would need another model, or several processes."""
     for name in ARGUMENTS.split():
-        assert call_problem({"inputs": prompt(), name: torch.ones(1)}).startswith(f"{name}: ")
-        assert call_problem({"inputs": prompt(), name: None}) is None
+        assert call_problem(enabled, {"inputs": prompt(), name: torch.ones(1)}).startswith(f"{name}: ")
+        assert call_problem(enabled, {"inputs": prompt(), name: None}) is None
     prepared = prepare(enabled, {"inputs": prompt(), "max_new_tokens": 2})
     assert plan_problem({}, prepared, streamed=True) is None
     for name in FIELDS.split():

@@ -7,6 +7,8 @@ import torch
 from generating import NEW, base_model, ordinary
 from loop_models import PROMPT, build, config, prompt
 
+from specprefill_kernels.integrations import _transformers_rows
+from specprefill_kernels.integrations._transformers_rows import call_problem
 from specprefill_kernels.integrations.transformers import enable, last_result
 from specprefill_kernels.loop import SpecPrefill
 
@@ -72,3 +74,35 @@ def test_a_class_that_passes_the_result_on_is_sparse(speculator):
     enable(model, speculator, config())
     model.generate(prompt(), max_new_tokens=NEW)
     assert last_result(model).mode == "sparse"
+
+
+@pytest.mark.parametrize("spread", ["fsdp", "zero3", None])
+@pytest.mark.parametrize("size", [2, 1, None])
+def test_processes_that_share_the_parameters_take_the_same_steps(spread, size, speculator, monkeypatch):
+    """Generate decides so by itself; a call that says synced_gpus=False has decided otherwise."""
+    model = base_model()
+    enable(model, speculator, config())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: size is not None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: size)
+    monkeypatch.setattr(_transformers_rows, "is_deepspeed_zero3_enabled", lambda: spread == "zero3")
+    if spread == "fsdp":
+        model._is_fsdp_managed_module = True  # as FSDP 2 says it
+    reason = call_problem(model, {"inputs": prompt()})
+    if spread and size == 2:
+        assert reason == (
+            "synced_gpus, which generate turns on for this model: all processes have to take the same number of steps"
+        )
+    else:
+        assert reason is None
+    assert call_problem(model, {"inputs": prompt(), "synced_gpus": False}) is None
+
+
+def test_what_generate_syncs_by_itself_runs_dense(speculator, monkeypatch):
+    model = base_model()
+    enable(model, speculator, config())
+    called = []
+    monkeypatch.setattr(model.generate, "_ordinary", lambda *args, **kwargs: called.append(kwargs))
+    monkeypatch.setattr(_transformers_rows, "_syncs_by_itself", lambda given: given is model)
+    model.generate(prompt(), max_new_tokens=2)
+    assert called == [{"max_new_tokens": 2}]  # the whole call, and no question before it
+    assert last_result(model).reason.startswith("synced_gpus, which generate turns on")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specprefill_kernels.loop import GenerationResult, SpecPrefill
 from specprefill_kernels.loop.decoding import DecodePlan, Prepared
@@ -19,6 +20,7 @@ from specprefill_kernels.loop.protection import Protection
 from specprefill_kernels.loop.recognizing import recognize
 
 _WHOLE_CACHE = "the loop decodes with a cache of its own, of the kept tokens"
+_SYNCED = "all processes have to take the same number of steps"
 
 # Arguments of a call with which it runs dense, and why.
 _ARGUMENTS: Mapping[str, str] = {
@@ -30,7 +32,7 @@ _ARGUMENTS: Mapping[str, str] = {
     "negative_prompt_ids": "guidance runs the model on a prompt of its own",
     "past_key_values": _WHOLE_CACHE,
     "position_ids": "the loop counts positions itself",
-    "synced_gpus": "all processes have to take the same number of steps",
+    "synced_gpus": _SYNCED,
     "token_healing": "it changes the prompt",
 }
 # Fields of a generation config with which a call runs dense, and why.
@@ -54,13 +56,23 @@ _OWN_INPUTS = {"attention_mask", "cache_position", "logits_to_keep", "past_key_v
 _MODES = ("greedy_search", "sample")
 
 
-def call_problem(arguments: Mapping[str, Any]) -> str | None:
-    """Why a call with these arguments cannot be sparse, or None. Nothing has run."""
+def call_problem(model: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call of this model with these arguments cannot be sparse, or None. Nothing has run."""
     for name, why in _ARGUMENTS.items():
         value = arguments.get(name, getattr(arguments.get("generation_config"), name, None))
         if value is not None and value is not False:
             return f"{name}: {why}"
+    if arguments.get("synced_gpus") is None and _syncs_by_itself(model):
+        return f"synced_gpus, which generate turns on for this model: {_SYNCED}"
     return None
+
+
+def _syncs_by_itself(model: Any) -> bool:
+    """Whether `generate` waits for other processes, unless it is told not to: parameters are spread over them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    spread: bool = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return spread and torch.distributed.get_world_size() > 1
 
 
 def plan_problem(arguments: Mapping[str, Any], prepared: Prepared, *, streamed: bool) -> str | None:

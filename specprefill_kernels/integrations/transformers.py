@@ -186,7 +186,7 @@ class _Generate:
         arguments = _by_name(self._model, args, kwargs)
         if arguments is None or isinstance(arguments.get("custom_generate"), Inquiry) or id(self) in _inside.get():
             return self._ordinary(*args, **kwargs)  # which says what is wrong with them, or what it would do
-        reason = self._loop.base_problem or call_problem(arguments)
+        reason = self._loop.base_problem or call_problem(self._model, arguments)
         if reason is not None:
             return run_dense(reason)
         arguments, device = self._on_the_models_device(arguments)
