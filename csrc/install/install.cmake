@@ -9,12 +9,6 @@ install(FILES ${CMAKE_CURRENT_SOURCE_DIR}/csrc/include/specprefill.h TYPE INCLUD
 install(FILES ${CMAKE_CURRENT_SOURCE_DIR}/LICENSE TYPE DOC)
 install(EXPORT specprefill NAMESPACE specprefill:: FILE specprefill-targets.cmake DESTINATION ${package_dir})
 
-# What the C++ compiler links beside the library, for those who link with a C compiler: its standard library, mostly.
-set(cxx_libraries ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
-list(REMOVE_DUPLICATES cxx_libraries)
-list(REMOVE_ITEM cxx_libraries gcc gcc_s c ${CMAKE_C_IMPLICIT_LINK_LIBRARIES})
-list(FILTER cxx_libraries EXCLUDE REGEX "clang_rt|/") # runtimes that come with the compiler
-
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/specprefill-config.cmake.in
   ${CMAKE_CURRENT_BINARY_DIR}/install/specprefill-config.cmake INSTALL_DESTINATION ${package_dir})
 # Before 1.0 a minor version may change structs.
