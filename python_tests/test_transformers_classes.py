@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generating import NEW, base_model, ordinary
+from generating import NEW, base_model, left_padded, ordinary
 from loop_models import PROMPT, build, config, prompt
+from transformers.generation import utils
 
 from specprefill_kernels.integrations import _transformers_rows
 from specprefill_kernels.integrations._transformers_rows import call_problem
@@ -84,7 +85,7 @@ def test_processes_that_share_the_parameters_take_the_same_steps(spread, size, s
     enable(model, speculator, config())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: size is not None)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: size)
-    monkeypatch.setattr(_transformers_rows, "is_deepspeed_zero3_enabled", lambda: spread == "zero3")
+    monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: spread == "zero3")
     if spread == "fsdp":
         model._is_fsdp_managed_module = True  # as FSDP 2 says it
     reason = call_problem(model, {"inputs": prompt()})
@@ -106,3 +107,47 @@ def test_what_generate_syncs_by_itself_runs_dense(speculator, monkeypatch):
     model.generate(prompt(), max_new_tokens=2)
     assert called == [{"max_new_tokens": 2}]  # the whole call, and no question before it
     assert last_result(model).reason.startswith("synced_gpus, which generate turns on")
+
+
+def by_place(self, input_ids=None, **kwargs):
+    return self.above.generate(self, input_ids, **kwargs)
+
+
+def alone_refused(self, inputs=None, **kwargs):
+    if inputs.shape[0] == 1:
+        raise ValueError("one prompt is none")
+    return self.above.generate(self, inputs, **kwargs)
+
+
+def alone_changed(self, inputs=None, **kwargs):
+    sequences = self.above.generate(self, inputs, **kwargs)
+    return sequences if inputs.shape[0] > 1 else sequences[0]
+
+
+def test_a_class_that_has_its_own_name_for_ids_takes_batches(speculator):
+    models = base_model(), of_class(by_place)
+    for model in models:
+        enable(model, speculator, config())
+    batch, _ = left_padded(150, 120)
+    found = [model.generate(**batch, max_new_tokens=NEW) for model in models]
+    assert torch.equal(*found)
+    found = [model.generate(batch["input_ids"], max_new_tokens=NEW, pad_token_id=0) for model in models]
+    assert torch.equal(*found)
+    assert [last_result(model).mode for model in models] == ["sparse", "sparse"]
+
+
+@pytest.mark.parametrize(
+    ("generate", "reason"),
+    [
+        (alone_refused, "what generate would do with a prompt of the batch could not be found out: one prompt is none"),
+        (alone_changed, "Own has a generate of its own, and does not take one prompt"),
+    ],
+)
+def test_a_class_that_takes_no_single_prompt_runs_dense(generate, reason, speculator):
+    model = of_class(generate)
+    batch, _ = left_padded(150, 120)
+    ids = batch.pop("input_ids")
+    expected = ordinary(model, ids, **batch, max_new_tokens=NEW)
+    enable(model, speculator, config())
+    assert torch.equal(model.generate(ids, **batch, max_new_tokens=NEW), expected)
+    assert last_result(model).reason == reason

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.generation import utils
 
 from specprefill_kernels.loop import GenerationResult, SpecPrefill
 from specprefill_kernels.loop.decoding import DecodePlan, Prepared
@@ -18,6 +18,8 @@ from specprefill_kernels.loop.generation import Generation
 from specprefill_kernels.loop.prompts import Prompt
 from specprefill_kernels.loop.protection import Protection
 from specprefill_kernels.loop.recognizing import recognize
+
+_generation: Any = utils  # where `generate` has its own names from moves between versions
 
 _WHOLE_CACHE = "the loop decodes with a cache of its own, of the kept tokens"
 _SYNCED = "all processes have to take the same number of steps"
@@ -71,7 +73,7 @@ def _syncs_by_itself(model: Any) -> bool:
     """Whether `generate` waits for other processes, unless it is told not to: parameters are spread over them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    spread: bool = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    spread: bool = _generation.is_deepspeed_zero3_enabled() or _generation.is_fsdp_managed_module(model)
     return spread and torch.distributed.get_world_size() > 1
 
 
@@ -140,11 +142,13 @@ def padding_id(config: Any) -> int | None:
 
 def row_arguments(arguments: Mapping[str, Any], prepared: Prepared, index: int) -> dict[str, Any]:
     """The call for one row of the batch alone, its padding included, so that lengths count as in the batch."""
-    row = {name: value for name, value in arguments.items() if name not in ("inputs", "input_ids")}
-    row["inputs"] = prepared.input_ids[index : index + 1]
+    # A generate of the class's own may know them by one of the two names only.
+    name = "inputs" if arguments.get("input_ids") is None else "input_ids"
+    row = dict(arguments)
+    row[name] = prepared.input_ids[index : index + 1]
     mask = prepared.model_inputs.get("attention_mask")
     # Without a mask, generate would take pad ids inside the prompt for padding.
-    row["attention_mask"] = torch.ones_like(row["inputs"]) if mask is None else mask[index : index + 1]
+    row["attention_mask"] = torch.ones_like(row[name]) if mask is None else mask[index : index + 1]
     return row
 
 

@@ -200,8 +200,14 @@ class _Generate:
         reason = plan_problem(arguments, prepared, streamed=streamer is not None)
         if reason is not None:
             return run_dense(reason)
+        try:
+            apart = self._apart(arguments, prepared)
+        except Exception as error:
+            return run_dense(f"what generate would do with a prompt of the batch could not be found out: {error}")
+        if apart is None:
+            return run_dense(f"{type(self._model).__name__} has a generate of its own, and does not take one prompt")
         with _alone(self._models):
-            rows = self._rows(arguments, prepared, ours)
+            rows = self._rows(apart, ours)
             selections = [row.begin() for row in rows]
             known = tuple(selection for selection in selections if selection is not None)
             if len(known) < len(rows) or any(selection.mode == "sparse" for selection in known):
@@ -246,21 +252,28 @@ class _Generate:
                 moved[name] = moved[name].to(self._model.device)
         return moved, device
 
-    def _rows(self, arguments: dict[str, Any], prepared: Prepared, ours: dict[str, Any]) -> list[Row]:
+    def _apart(self, arguments: dict[str, Any], prepared: Prepared) -> list[Prepared] | None:
+        """The call for each of its prompts alone; None where a generate of the class's own does not get so far."""
         count = prepared.input_ids.shape[0]
-        given = {name: _each(name, ours[name], count) for name in ("protect", "messages")}
-        if ours["template_options"] is not None and ours["messages"] is None:
-            raise ValueError("messages: expected the chat that template_options belong to, got None")
-        rows = []
+        if count == 1:
+            return [prepared]
+        found = []
         for index in range(count):
-            of_row = prepared
-            if count > 1:
-                again = prepare(self._model, row_arguments(arguments, prepared, index), self._run_ordinary)
-                assert again is not None  # it was asked for the batch already
-                of_row = again
-            messages, protect = given["messages"][index], given["protect"][index]
-            rows.append(Row(self._loop, of_row, messages, ours["template_options"], protect))
-        return rows
+            one = prepare(self._model, row_arguments(arguments, prepared, index), self._run_ordinary)
+            if one is None:
+                return None
+            found.append(one)
+        return found
+
+    def _rows(self, prepared: list[Prepared], ours: dict[str, Any]) -> list[Row]:
+        given = {name: _each(name, ours[name], len(prepared)) for name in ("protect", "messages")}
+        options = ours["template_options"]
+        if options is not None and ours["messages"] is None:
+            raise ValueError("messages: expected the chat that template_options belong to, got None")
+        return [
+            Row(self._loop, one, messages, options, protect)
+            for one, messages, protect in zip(prepared, given["messages"], given["protect"])
+        ]
 
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
