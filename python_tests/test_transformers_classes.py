@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from generating import NEW, base_model, left_padded, ordinary
-from loop_models import PROMPT, build, config, prompt
+from loop_models import PROMPT, build, byte_tokenizer, config, prompt
 from transformers.generation import utils
 
 from specprefill_kernels.integrations import _transformers_rows
+from specprefill_kernels.integrations import transformers as integration
 from specprefill_kernels.integrations._transformers_rows import call_problem
 from specprefill_kernels.integrations.transformers import enable, last_result
 from specprefill_kernels.loop import SpecPrefill
@@ -139,7 +140,10 @@ def test_a_class_that_has_its_own_name_for_ids_takes_batches(speculator):
 @pytest.mark.parametrize(
     ("generate", "reason"),
     [
-        (alone_refused, "what generate would do with a prompt of the batch could not be found out: one prompt is none"),
+        (
+            alone_refused,
+            "what generate would do could not be found out for one prompt of the batch: one prompt is none",
+        ),
         (alone_changed, "Own has a generate of its own, and does not take one prompt"),
     ],
 )
@@ -151,3 +155,72 @@ def test_a_class_that_takes_no_single_prompt_runs_dense(generate, reason, specul
     enable(model, speculator, config())
     assert torch.equal(model.generate(ids, **batch, max_new_tokens=NEW), expected)
     assert last_result(model).reason == reason
+
+
+def test_a_batch_of_one_prompt_may_say_what_batches_say(speculator):
+    model, tokenizer = base_model(), byte_tokenizer()
+    enable(model, speculator, config(), tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "The door is blue. " * 9}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    found = {}
+    for name, options in {
+        "call": {"protect": [(0, 5)]},
+        "batch": {"protect": [[(0, 5)]]},
+        "list": {"protect": [[0, 5]]},
+        "passage": {"protect": ["door"]},
+        "passages": {"protect": (["door"],)},
+        "none": {"protect": None},
+        "none of one": {"protect": [None]},
+        "nothing of one": {"protect": [[]]},
+        "chat": {"messages": chat},
+        "chats": {"messages": [chat]},
+        "unknown chats": {"messages": [None]},
+    }.items():
+        model.generate(**ids, max_new_tokens=2, **options)
+        (found[name],) = (selection.protected for selection in last_result(model).selections)
+    assert found["call"] == found["batch"] == found["list"]
+    assert found["passage"] == found["passages"] != found["call"]
+    assert (
+        len({found[name] for name in ("none", "none of one", "nothing of one", "chat", "chats", "unknown chats")}) == 1
+    )
+    for wrong in ([[(0, 5)], [(0, 5)]], [[[(0, 5)]]], [[5, 0]]):
+        with pytest.raises(ValueError, match=r"^protect\[0\]: expected "):
+            model.generate(**ids, max_new_tokens=2, protect=wrong)
+
+
+def test_wrong_arguments_are_no_reasons(speculator, caplog):
+    """The ordinary call says what is wrong with them: the log does not say beside it that one runs."""
+    integration._said.clear()
+    model = base_model()
+    enable(model, speculator, config())
+    for options in ({"temprature": 0.5}, {"temprature": 0.5, "num_beams": 2}):
+        with pytest.raises(ValueError, match="temprature"):
+            model.generate(prompt(), max_new_tokens=2, **options)
+    assert caplog.text == ""
+    assert not integration._said
+    assert last_result(model) is None
+
+
+def test_what_was_said_does_not_grow(speculator, caplog, monkeypatch):
+    """An error's text may name what the call was given, and be another one each time."""
+    integration._said.clear()
+    monkeypatch.setattr(integration, "_MOST_SAID", 4)
+    count = 0
+
+    def refuses(self, inputs=None, custom_generate=None, **kwargs):
+        nonlocal count
+        if custom_generate is not None:
+            count += 1
+            raise ValueError(f"not like this, for the {count}th time")
+        return self.above.generate(self, inputs, **kwargs)
+
+    model = of_class(refuses)
+    enable(model, speculator, config())
+    for _ in range(3):
+        model.generate(prompt(), max_new_tokens=2)
+    assert last_result(model).reason.endswith("for the 3th time")
+    assert caplog.text.count("generate runs dense: what generate would do could not be found out: ") == 1
+    for index in range(9):
+        model.generate._run_dense((prompt(),), {"max_new_tokens": 1}, f"reason {index}")
+    assert caplog.text.count("generate runs dense: reason") == 9
+    assert len(integration._said) <= 4

@@ -49,7 +49,9 @@ __all__ = ["CallResult", "disable", "enable", "last_result"]
 
 logger = logging.getLogger("specprefill_kernels")
 
-_said: set[str] = set()  # reasons that were logged
+_said: set[str] = set()  # what was logged
+_MOST_SAID = 256
+_UNKNOWN = "what generate would do could not be found out"
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 # Whose ordinary `generate` is running here.
@@ -92,7 +94,8 @@ def enable(
     It takes what it took before, and three keywords more, for one call:
 
         protect: what must survive, as `SpecPrefill.select` takes it: (start, end) spans of the prompt's tokens (without
-            padding), passages, or `Characters`. For a batch one such list (or None) per row.
+            padding), passages, or `Characters`. For a batch one such list (or None) per row;
+            a batch of one may leave the outer list out, in `messages` too.
         messages: the chat that the ids were made of, so that the parts of its template survive (`config.protect`); for
             a batch a list of chats. It must give the very ids of the call. Seldom needed: with `tokenizer` most chats
             are recognized by their ids.
@@ -194,7 +197,7 @@ class _Generate:
         try:
             prepared = prepare(self._model, arguments, self._run_ordinary)
         except Exception as error:  # the ordinary call says it itself, or knows how to go on
-            return run_dense(f"what generate would do could not be found out: {error}")
+            return run_dense(f"{_UNKNOWN}: {error}", said=_UNKNOWN)
         if prepared is None:
             return run_dense(f"{type(self._model).__name__} has a generate of its own")
         reason = plan_problem(arguments, prepared, streamed=streamer is not None)
@@ -203,7 +206,7 @@ class _Generate:
         try:
             apart = self._apart(arguments, prepared)
         except Exception as error:
-            return run_dense(f"what generate would do with a prompt of the batch could not be found out: {error}")
+            return run_dense(f"{_UNKNOWN} for one prompt of the batch: {error}", said=_UNKNOWN)
         if apart is None:
             return run_dense(f"{type(self._model).__name__} has a generate of its own, and does not take one prompt")
         with _alone(self._models):
@@ -216,7 +219,7 @@ class _Generate:
                 mode = "sparse" if any(selection.mode == "sparse" for selection in found) else "dense"
                 self.last = CallResult(mode, _reason_of(found), results, found)
                 return _output(prepared, rows, results, device)
-        return run_dense(_reason_of(known), known, said=False)
+        return run_dense(_reason_of(known), known, said="")
 
     def _run_dense(
         self,
@@ -225,13 +228,21 @@ class _Generate:
         reason: str,
         selections: tuple[PromptSelection, ...] = (),
         *,
-        said: bool = True,
+        said: str | None = None,
     ) -> Any:
-        """The ordinary call. `said` logs the reason, once for all calls; the loop has its own log of selections."""
-        if said and reason not in _said:
-            _said.add(reason)
-            logger.warning("generate runs dense: %s", reason)
+        """The ordinary call; the reason is logged once for all calls, and not where the call itself raises.
+
+        Args:
+            said: what stands for the reason when it comes again, if its words differ from call to call; "" logs
+                nothing, as the loop has its own log of selections.
+        """
         output = self._run_ordinary(*args, **kwargs)
+        said = reason if said is None else said
+        if said and said not in _said:
+            if len(_said) >= _MOST_SAID:  # a reason may name what a call was given
+                _said.clear()
+            _said.add(said)
+            logger.warning("generate runs dense: %s", reason)
         self.last = CallResult("dense", reason, (), selections)
         return output
 
@@ -295,12 +306,21 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 def _each(name: str, value: Any, count: int) -> list[Any]:
     """What a call gives for each of its prompts."""
     if count == 1:
-        return [value]
+        return list(value) if _is_batch_of_one(value) else [value]
     if value is None:
         return [None] * count
     if not isinstance(value, (list, tuple)) or len(value) != count or any(isinstance(one, dict) for one in value):
         raise ValueError(f"{name}: expected a list with one entry (or None) for each of {count} prompts, got {value!r}")
     return list(value)
+
+
+def _is_batch_of_one(value: Any) -> bool:
+    """Whether it is [what a call says of its only prompt], and not that itself: a list of spans, texts or messages."""
+    if not isinstance(value, (list, tuple)) or len(value) != 1:
+        return False
+    (one,) = value
+    is_span = isinstance(one, (list, tuple)) and len(one) > 0 and all(hasattr(edge, "__index__") for edge in one)
+    return one is None or (isinstance(one, (list, tuple)) and not is_span)
 
 
 def _reason_of(selections: tuple[PromptSelection, ...]) -> str:
