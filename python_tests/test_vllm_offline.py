@@ -83,7 +83,9 @@ def test_pruned_and_ordinary_requests_in_one_batch():
         assert answer(row).distance(answer(alone)) < TOLERANCE
     assert [row["report"] is None for row in seen["mixed"]] == [False, True, False]
     assert pruned["report"]["cached"]
-    assert all(seen["cached"])
+    first, whole, _ = seen["cached"]  # what is kept of the second prompt fills no block
+    assert first > 0
+    assert whole > 0
 
 
 def test_requests_that_do_not_ask_are_what_they_are_without_the_plugin():
