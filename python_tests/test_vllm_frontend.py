@@ -381,3 +381,12 @@ def test_what_is_cancelled_before_its_turn_is_never_selected():
     first.result(30), again.result(30)
     assert [ids for ids, _ in selector.selected] == [[1], [2]]
     selector.close()
+
+
+def test_a_speculator_that_cannot_be_loaded_is_the_reason_of_every_request():
+    selector = PromptSelector(ServerSettings(speculator="no/such/model"), None, Chats())
+    for _ in range(2):
+        outcome = selector.submit([1, 2, 3], None, RequestOptions()).result(60)
+        assert (outcome.mode, outcome.prompt_tokens, outcome.kept_tokens) == ("dense", 3, 3)
+        assert outcome.reason.startswith("the speculator 'no/such/model' could not be loaded: ")
+    selector.close()

@@ -114,9 +114,9 @@ class PromptSelector:
         self._chats = chats
         self._tokenizer = copy.deepcopy(tokenizer)
         self._last: tuple[Sequence[int], RequestOptions, Future[Outcome]] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specprefill")
-        self._loaded: Future[None] = self._thread.submit(self._load)
         self.problem: str | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="specprefill")
+        self._thread.submit(self._load)
 
     def submit(
         self, ids: Sequence[int], text: str | None, options: RequestOptions, salt: str | None = None
