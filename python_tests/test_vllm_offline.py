@@ -54,9 +54,8 @@ def answer(row) -> Answer:
 @pytest.fixture(scope="module")
 def loop():
     model, tokenizer = models.load(MODEL, dtype=torch.float32, device="cpu")
-    speculator, _ = models.load(MODEL, device="cpu")  # as the plugin loads it
     config = SpecPrefillConfig.preset("default").replace(keep_ratio=0.3)
-    return SpecPrefill(model, speculator, config, tokenizer=tokenizer)
+    return SpecPrefill(model, model, config, tokenizer=tokenizer)
 
 
 def test_the_engine_runs_in_a_process_of_its_own():

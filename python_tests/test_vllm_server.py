@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -51,7 +52,7 @@ def chat(salt: str, words: int = 420) -> list[dict[str, str]]:
 def server(tmp_path_factory):
     (command,) = (block for block in blocks("docs/integrations.md", "vLLM", "sh") if "api_server" in block)
     # Everything that the page does not set. Requests that say nothing are pruned.
-    environment = {"SPECPREFILL_VLLM_DEFAULT": "on"}
+    environment = {"SPECPREFILL_VLLM_DEFAULT": "on", "SPECPREFILL_VLLM_DTYPE": "float32"}
     options = "--dtype float32 --max-model-len 4096 --enforce-eager --max-num-batched-tokens 512 --max-logprobs 5"
     with running(f"{command.rstrip()} {options}", tmp_path_factory.mktemp("vllm"), environment) as running_server:
         yield running_server
@@ -70,8 +71,7 @@ def model(client):
 
 @pytest.fixture(scope="module")
 def loop():
-    base, tokenizer = models.load(NAME)
-    assert next(base.parameters()).dtype.itemsize == 4
+    base, tokenizer = models.load(NAME, torch.float32)
     config = SpecPrefillConfig.preset("default", keep_ratio=KEEP)
     return SpecPrefill(base, base, config, tokenizer=tokenizer)
 
@@ -303,5 +303,5 @@ def test_the_pages_client_runs_as_it_stands(server, capsys):
 
 
 def test_the_log_says_what_was_pruned(server):
-    assert server.said("speculative prefill: smollm2-135m on cpu selects for this server")
+    assert server.said("speculative prefill: smollm2-135m on cpu, float32, selects for this server")
     assert server.said("sparse prefill: kept ")

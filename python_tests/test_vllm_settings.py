@@ -39,10 +39,11 @@ def test_the_environment_is_read(monkeypatch):
     monkeypatch.setenv("SPECPREFILL_VLLM_DEFAULT", "On")
     monkeypatch.setenv("SPECPREFILL_VLLM_DEVICE", "cuda:1")
     monkeypatch.setenv("SPECPREFILL_VLLM_TIMEOUT", "2.5")
+    monkeypatch.setenv("SPECPREFILL_VLLM_DTYPE", "bfloat16")
     monkeypatch.setenv("SPECPREFILL_VLLM_CONFIG", '{"preset": "paper", "keep_tokens": 64, "score_layers": [3, -1]}')
     settings = ServerSettings.from_environment()
     assert (settings.speculator, settings.by_default, settings.device) == ("smollm2-135m", True, "cuda:1")
-    assert settings.timeout == 2.5
+    assert (settings.timeout, settings.dtype) == (2.5, "bfloat16")
     assert settings.config.budget == {"keep_tokens": 64}
     assert settings.config.score_layers == (3, -1)
     assert settings.config.protect == "none"  # the paper's
@@ -53,6 +54,7 @@ def test_the_environment_is_read(monkeypatch):
     [
         ("DEFAULT", "perhaps", "SPECPREFILL_VLLM_DEFAULT: expected on or off, got 'perhaps'"),
         ("ANY_VERSION", "2", "SPECPREFILL_VLLM_ANY_VERSION: expected on or off"),
+        ("DTYPE", "fp32", "SPECPREFILL_VLLM_DTYPE: expected one of float32, bfloat16, float16, got 'fp32'"),
         ("TIMEOUT", "-1", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0, got '-1'"),
         ("TIMEOUT", "soon", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0, got 'soon'"),
         ("TIMEOUT", "nan", "SPECPREFILL_VLLM_TIMEOUT: expected seconds above 0"),

@@ -20,7 +20,7 @@ import torch
 
 from specprefill_kernels import models
 from specprefill_kernels.integrations.vllm.selection import Outcome
-from specprefill_kernels.integrations.vllm.settings import SPECULATOR
+from specprefill_kernels.integrations.vllm.settings import DTYPE, SPECULATOR
 from specprefill_kernels.integrations.vllm.worker import tracked
 from specprefill_kernels.loop.prefill import BaseRun
 
@@ -29,6 +29,7 @@ BLOCK = 32  # the smallest that vLLM's attention for processors takes
 CONTEXT = 1024
 ENVIRONMENT = {
     SPECULATOR: MODEL,
+    DTYPE: "float32",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",

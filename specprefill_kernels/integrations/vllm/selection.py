@@ -158,7 +158,8 @@ class PromptSelector:
         settings = self._settings
         assert settings.speculator is not None
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = models.load(settings.speculator, device=device)
+        dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+        model, tokenizer = models.load(settings.speculator, dtype, device)
         self.problem = speculator_problem(model)
         if self.problem is not None:
             self.problem = f"unsupported speculator ({type(model).__name__}): {self.problem}"
@@ -168,7 +169,8 @@ class PromptSelector:
         self._speculator = Speculator(model, settings.config)
         self._cache = SelectionCache()
         self._identity = lambda config, salt: identity(model, config, salt)
-        logger.info("speculative prefill: %s on %s selects for this server", settings.speculator, device)
+        where = f"{settings.speculator} on {device}, {str(model.dtype).removeprefix('torch.')},"
+        logger.info("speculative prefill: %s selects for this server", where)
 
     @torch.inference_mode()
     def _select(self, ids: Sequence[int], text: str | None, options: RequestOptions, salt: str | None) -> Outcome:

@@ -16,8 +16,11 @@ SPECULATOR = "SPECPREFILL_VLLM_SPECULATOR"
 DEFAULT = "SPECPREFILL_VLLM_DEFAULT"
 CONFIG = "SPECPREFILL_VLLM_CONFIG"
 DEVICE = "SPECPREFILL_VLLM_DEVICE"
+DTYPE = "SPECPREFILL_VLLM_DTYPE"
 TIMEOUT = "SPECPREFILL_VLLM_TIMEOUT"
 ANY_VERSION = "SPECPREFILL_VLLM_ANY_VERSION"
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 # What one request may ask to be looked for: more would keep others waiting.
 MOST_PASSAGES = 64
@@ -48,6 +51,7 @@ class ServerSettings:
         by_default: SPECPREFILL_VLLM_DEFAULT: whether requests that say nothing are pruned; "off" if it is not set.
         config: SPECPREFILL_VLLM_CONFIG: a JSON object of `SpecPrefillConfig`'s fields, and "preset" ("default").
         device: SPECPREFILL_VLLM_DEVICE: the speculator's; "cuda" where there is one, else "cpu".
+        dtype: SPECPREFILL_VLLM_DTYPE: what the speculator computes in, one of `DTYPES`; None: what `models.load` takes.
         timeout: SPECPREFILL_VLLM_TIMEOUT: seconds after which a request that waits for its selection runs dense; 120.
         any_version: SPECPREFILL_VLLM_ANY_VERSION: try versions of vLLM that this was not tested with.
     """
@@ -56,6 +60,7 @@ class ServerSettings:
     by_default: bool = False
     config: SpecPrefillConfig = field(default_factory=lambda: SpecPrefillConfig.preset("default"))
     device: str | None = None
+    dtype: str | None = None
     timeout: float = 120.0
     any_version: bool = False
 
@@ -71,6 +76,7 @@ class ServerSettings:
             by_default=_switch(given, DEFAULT),
             config=_config(given.get(CONFIG)),
             device=given.get(DEVICE) or None,
+            dtype=_dtype(given.get(DTYPE)),
             timeout=_seconds(given.get(TIMEOUT)),
             any_version=_switch(given, ANY_VERSION),
         )
@@ -81,6 +87,12 @@ def _switch(given: Mapping[str, str], name: str) -> bool:
     if word and word not in _WORDS:
         raise BadSetting(f"{name}: expected on or off, got {given[name]!r}")
     return _WORDS.get(word, False)
+
+
+def _dtype(text: str | None) -> str | None:
+    if text and text not in DTYPES:
+        raise BadSetting(f"{DTYPE}: expected one of {', '.join(DTYPES)}, got {text!r}")
+    return text or None
 
 
 def _seconds(text: str | None) -> float:
