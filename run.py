@@ -284,7 +284,9 @@ def set_up(extras: str) -> None:
     for extra, held in HELD.items():
         if extra in have:
             wanted -= held
-    if stamp.get("source") == source and wanted <= have and PYTHON.exists():
+    # An environment may outlive the checkout, whose successor at the same place has nothing compiled.
+    built = (ROOT / "specprefill_kernels" / "_build_info.py").exists()
+    if stamp.get("source") == source and wanted <= have and PYTHON.exists() and built:
         return
     check_machine()
     print(f"setting up {VENV} (once; details in {LOG.name} there)", file=sys.stderr, flush=True)
