@@ -3,7 +3,7 @@
     python -m bench.server_ttft --words 1400 --keep 0.1,0.3 --rounds 5
 
 docs/integrations.md says how to start the server. What is timed is what a client sees: from sending the request to the
-first piece of text of the stream. Each request has a prompt of its own, so that no cache helps. Results:
+first piece of text of the stream. Each request begins with a line of its own, so that no cache helps. Results:
 server_ttft.json under --out.
 """
 
@@ -26,12 +26,16 @@ from bench.environment import command, environment
 QUESTION = "What is this text about? Answer in one sentence."
 
 
-def prompt(words: int, generator: random.Random) -> str:
-    """Real prose, from another place each time, behind a line that no other prompt has."""
+def prose(words: int, generator: random.Random) -> str:
+    """Real text, from another place each time."""
     text = " ".join(pydoc_data.topics.topics.values()).split(" ")
     start = generator.randrange(max(1, len(text) - words))
-    name = uuid.UUID(int=generator.getrandbits(128))
-    return f"Document {name}\n\n{' '.join(text[start : start + words])}\n\n{QUESTION}"
+    return " ".join(text[start : start + words])
+
+
+def prompt(text: str, generator: random.Random) -> str:
+    """The text behind a line that no other prompt has."""
+    return f"Document {uuid.UUID(int=generator.getrandbits(128))}\n\n{text}\n\n{QUESTION}"
 
 
 def first_token(client: Any, model: str, text: str, keep: float | None) -> dict[str, Any]:
@@ -61,15 +65,17 @@ def first_token(client: Any, model: str, text: str, keep: float | None) -> dict[
 
 
 def measure(client: Any, model: str, words: int, keeps: list[float], rounds: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each ratio: medians over the rounds; in each round all ways, one after the other."""
+    """A row for each ratio: medians over the rounds; in each round all ways read the same text."""
     generator = random.Random(seed)
     ways: list[float | None] = [None, *keeps]
     found: dict[float | None, list[dict[str, Any]]] = {way: [] for way in ways}
+    text = prose(words, generator)
     for way in ways:  # once before it counts
-        first_token(client, model, prompt(words, generator), way)
+        first_token(client, model, prompt(text, generator), way)
     for round_ in range(rounds):
+        text = prose(words, generator)  # the same for all ways
         for way in ways:
-            found[way].append(first_token(client, model, prompt(words, generator), way))
+            found[way].append(first_token(client, model, prompt(text, generator), way))
             print(f"  round {round_ + 1} of {rounds}, {'full' if way is None else f'keep {way}'}: "
                   f"{found[way][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)  # fmt: skip
     full = statistics.median(one["seconds"] for one in found[None])

@@ -42,6 +42,9 @@ def test_ways_take_turns_and_no_prompt_comes_twice():
     assert asked == [None, 0.1, 0.3] * 4
     texts = [request["messages"][0]["content"] for request in client.sent]
     assert len({text.split("\n")[0] for text in texts}) == 12
+    bodies = ["\n".join(text.split("\n")[1:]) for text in texts]
+    assert all(len(set(bodies[first : first + 3])) == 1 for first in range(0, 12, 3))  # a round's ways read the same
+    assert len(set(bodies)) == 4
     assert all(text.endswith(server_ttft.QUESTION) for text in texts)
     assert [(row["keep_ratio"], row["prompt_tokens"], row["kept_tokens"]) for row in rows] == [
         (0.1, 100, 9),
@@ -62,5 +65,4 @@ def test_a_server_that_does_not_prune_is_no_measurement(client, message):
 
 
 def test_prompts_are_as_long_as_asked():
-    text = server_ttft.prompt(300, random.Random(0))
-    assert 300 <= len(text.split(" ")) <= 330
+    assert len(server_ttft.prose(300, random.Random(0)).split(" ")) == 300
