@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 def run(monkeypatch, tmp_path):
     """run.py as a module, with an environment that is not there; what it would call is in `run.called`."""
     monkeypatch.setenv("SPECPREFILL_VENV", str(tmp_path / "venv"))
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delitem(sys.modules, "environments", raising=False)
     spec = importlib.util.spec_from_file_location("run_under_test", ROOT / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.environments = sys.modules["environments"]
     module.called = []
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()
@@ -75,10 +79,10 @@ def test_an_environment_that_fails_is_said_and_tried_again(run, monkeypatch, cap
         Path(run.VENV, "kvpress").mkdir(parents=True, exist_ok=True)
         return "exit status 1" if title == failing else None
 
-    monkeypatch.setattr(run, "run_step", step)
-    failing = run.KVPRESS
+    monkeypatch.setattr(run.environments, "run_step", step)
+    failing = run.environments.KVPRESS
     assert run.install_kvpress() is None
-    assert f"{run.KVPRESS}: exit status 1" in capsys.readouterr().err
+    assert f"{run.environments.KVPRESS}: exit status 1" in capsys.readouterr().err
     failing = ""
     made = run.install_kvpress()
     assert made == str(run.VENV / "kvpress" / "bin" / "python")
